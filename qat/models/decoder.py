@@ -1,0 +1,227 @@
+"""The decoder-only transformer, in the form of GPT-2 and in that of Llama.
+
+Radford et al. Language Models are Unsupervised Multitask Learners, 2019.
+Touvron et al. LLaMA: Open and Efficient Foundation Language Models, 2023. https://arxiv.org/abs/2302.13971
+
+Differences from GPT-2: no dropout; linear layers start from Flax's variance (1 / inputs) and not from 0.02^2,
+which is meant for widths near 2,500; those that write to the residual stream are scaled by 1 / sqrt(2 layers)
+as there (Sec. 2.3).
+"""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from qat.models import rope as ropes
+
+
+class Attention(nnx.Module):
+  """Causal softmax attention. A module of its own, so that another can be put in its place."""
+
+  def __call__(self, q, k, v):
+    """Mixes values by the softmax of q . k / sqrt(d): [b, t, h, d] each -> [b, t, h, d]."""
+    t, d = q.shape[1], q.shape[-1]
+    scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).astype(jnp.float32) / d ** 0.5  # [b, h, t, t]
+    past = jnp.tril(jnp.ones((1, 1, t, t), bool))
+    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum('bhqk,bkhd->bqhd', weights, v)  # [b, t, h, d]
+
+
+class GELU(nnx.Module):
+  """GPT's feed-forward layer: up, gelu, down."""
+
+  def __init__(self, config, linear, residual):
+    self.up = linear(config.width, config.ffn_width)
+    self.down = residual(config.ffn_width, config.width)
+
+  def __call__(self, x):
+    """f32[b, t, width] -> f32[b, t, width]."""
+    return self.down(nnx.gelu(self.up(x)))  # the tanh form, as in GPT-2
+
+
+class SwiGLU(nnx.Module):
+  """Llama's feed-forward layer: down(silu(gate) * up).
+
+  Shazeer. GLU Variants Improve Transformer, 2020. https://arxiv.org/abs/2002.05202
+  """
+
+  def __init__(self, config, linear, residual):
+    self.gate = linear(config.width, config.ffn_width)
+    self.up = linear(config.width, config.ffn_width)
+    self.down = residual(config.ffn_width, config.width)
+
+  def __call__(self, x):
+    """f32[b, t, width] -> f32[b, t, width]."""
+    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The sizes of a decoder, and its form. GPT and LLAMA below are forms.
+
+  Attributes:
+    heads: of queries; kv_heads of them share a key and a value (Ainslie et al. 2023, GQA).
+    norm: nnx.LayerNorm or nnx.RMSNorm.
+    ffn: GELU or SwiGLU.
+    rope: how positions turn queries and keys; None learns a vector for each position instead.
+    use_bias: whether linear layers add one.
+    tied_head: whether the embedding is the head as well, one variable.
+  """
+
+  vocab_size: int
+  context_length: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn_width: int
+  norm: type[nnx.Module]
+  norm_epsilon: float
+  ffn: type[nnx.Module]
+  rope: ropes.Rope | None
+  use_bias: bool
+  tied_head: bool
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(
+          f'Config.kv_heads {self.kv_heads} for {self.heads} heads: each key must serve as many '
+          'queries as the next. Choose a divisor of heads.')
+
+
+class SelfAttention(nnx.Module):
+  """Projects to queries, keys and values, attends, projects back."""
+
+  def __init__(self, config, linear, residual):
+    self.config = config
+    self.q = linear(config.width, config.heads * config.head_dim)
+    self.k = linear(config.width, config.kv_heads * config.head_dim)
+    self.v = linear(config.width, config.kv_heads * config.head_dim)
+    self.o = residual(config.heads * config.head_dim, config.width)
+    self.attention = Attention()
+
+  def __call__(self, x):
+    """f32[b, t, width] -> f32[b, t, width]."""
+    b, t, _ = x.shape
+    split = lambda y, heads: y.reshape(b, t, heads, self.config.head_dim)
+    q = split(self.q(x), self.config.heads)     # [b, t, h, d]
+    k = split(self.k(x), self.config.kv_heads)  # [b, t, kv, d]
+    v = split(self.v(x), self.config.kv_heads)  # [b, t, kv, d]
+    if self.config.rope is not None:
+      q, k = (self.config.rope(y, jnp.arange(t)) for y in (q, k))
+    share = self.config.heads // self.config.kv_heads
+    k, v = (jnp.repeat(y, share, axis=2) for y in (k, v))  # [b, t, h, d]
+    return self.o(self.attention(q, k, v).reshape(b, t, -1))
+
+
+class Block(nnx.Module):
+  """Attention, then the feed-forward layer, each normalized before and added after."""
+
+  def __init__(self, config, linear, residual, norm):
+    self.attention_norm = norm()
+    self.attention = SelfAttention(config, linear, residual)
+    self.ffn_norm = norm()
+    self.ffn = config.ffn(config, linear, residual)
+
+  def __call__(self, x):
+    """f32[b, t, width] -> f32[b, t, width]."""
+    x = x + self.attention(self.attention_norm(x))
+    return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nnx.Module):
+  """Scores the next token at every position, from the tokens up to it."""
+
+  def __init__(self, config, rngs, dtype=None):
+    """Builds the blocks.
+
+    Args:
+      config: sizes and form.
+      rngs: where the initial weights come from.
+      dtype: what the layers compute in; float32 if not given. Weights are float32 always.
+    """
+    linear = functools.partial(nnx.Linear, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
+    residual = functools.partial(linear, kernel_init=nnx.initializers.variance_scaling(
+        0.5 / config.layers, 'fan_in', 'truncated_normal'))
+    norm = functools.partial(
+        config.norm, config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+    self.config = config
+    self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
+    if config.rope is None:
+      self.position = nnx.Embed(config.context_length, config.width, dtype=dtype, rngs=rngs)
+    self.blocks = nnx.List([
+        Block(config, linear, residual, norm) for _ in range(config.layers)])
+    self.norm = norm()
+    if not config.tied_head:
+      self.head = nnx.Linear(
+          config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+
+  def __call__(self, tokens):
+    """Scores the token after each: i32[b, t] -> f32[b, t, vocab_size]."""
+    t = tokens.shape[1]
+    if t > self.config.context_length:
+      raise ValueError(
+          f'Decoder called on {t} tokens: it was built for {self.config.context_length}. '
+          'Shorten the tokens, or build it with a longer context_length.')
+    x = self.embed(tokens)  # [b, t, width]
+    if self.config.rope is None:
+      x = x + self.position(jnp.arange(t))[None]
+    for block in self.blocks:
+      x = block(x)
+    x = self.norm(x)
+    return self.embed.attend(x) if self.config.tied_head else self.head(x)
+
+
+GPT = dict(
+    norm=nnx.LayerNorm, norm_epsilon=1e-5, ffn=GELU, rope=None, use_bias=True, tied_head=True)
+LLAMA = dict(
+    norm=nnx.RMSNorm, norm_epsilon=1e-5, ffn=SwiGLU, rope=ropes.Rope(), use_bias=False,
+    tied_head=True)
+
+
+def gpt(rngs, *, width, heads, dtype=None, **fields):
+  """Builds a Decoder in GPT-2's form.
+
+  Args:
+    rngs: where the initial weights come from.
+    width, heads, **fields: those of Config; the form, kv_heads, head_dim and ffn_width have GPT-2's defaults.
+    dtype: what the layers compute in.
+
+  >>> model = gpt(nnx.Rngs(0), vocab_size=65, context_length=128, width=128, layers=5, heads=4)
+  >>> sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  1016320
+  """
+  sizes = dict(
+      width=width, heads=heads, kv_heads=heads, head_dim=_split(width, heads), ffn_width=4 * width)
+  return Decoder(Config(**(GPT | sizes | fields)), rngs, dtype)
+
+
+def llama(rngs, *, width, heads, dtype=None, **fields):
+  """Builds a Decoder in Llama's form.
+
+  Args:
+    rngs: where the initial weights come from.
+    width, heads, **fields: those of Config; the form, kv_heads, head_dim and ffn_width have defaults:
+      ffn_width 8/3 of the width, which costs what GPT's two matrices do, rounded up to a multiple of 64.
+    dtype: what the layers compute in.
+
+  >>> llama(nnx.Rngs(0), vocab_size=65, context_length=128, width=96, layers=1, heads=4).config.ffn_width
+  256
+  """
+  sizes = dict(
+      width=width, heads=heads, kv_heads=heads, head_dim=_split(width, heads),
+      ffn_width=-(-8 * width // (3 * 64)) * 64)
+  return Decoder(Config(**(LLAMA | sizes | fields)), rngs, dtype)
+
+
+def _split(width, heads):
+  """The features of each head."""
+  if width % heads:
+    raise ValueError(
+        f'{heads} heads of width {width}: the width is no multiple of the heads. '
+        'Choose one that is.')
+  return width // heads
