@@ -1,0 +1,251 @@
+"""QArray: codes, and the scales and zeros that give them meaning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qat.core import blocks, formats, rounding as rounding_
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero:
+  """Offsets in units of the codes: x = (codes - zero) * scale. GPTQ, AWQ, ONNX, LiteRT."""
+  format: formats.Format | None = None  # None: float32, as in HQQ.
+
+  @property
+  def spec(self):
+    return self.format and Spec(self.format, None)
+
+  def fit(self, low, scale, format):
+    """The zero at which the lowest code stands for `low`."""
+    return format.min - exact(low * reciprocal(scale))
+
+  def units(self, x, inverse, zero, rounding):
+    """`x` in units of the codes. A whole zero is added after rounding, as ONNX does."""
+    u = exact(x * inverse)
+    return u + zero if self.format is None else rounding(u) + zero
+
+  def numbers(self, value, scale, zero):
+    return (value - zero) * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Min:
+  """Offsets in units of the numbers: x = codes * scale + min. GGUF's Q4_1 and K-quants."""
+  spec: 'Spec | None' = None  # None: float32.
+
+  def fit(self, low, scale, format):
+    return low - exact(format.min * scale)
+
+  def units(self, x, inverse, zero, rounding):
+    return (x - zero) * inverse
+
+  def numbers(self, value, scale, zero):
+    return exact(value * scale) + zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """How an array sits on a grid: a format, the block that shares a scale, and the scale's own grid.
+
+  `block` is a tuple over the trailing axes, or a Flat (see core/blocks.py). A block of None means
+  no scale: the numbers are already in the format's units. A scale is an array, so `scale` may put
+  it on a grid of its own, and so may `zero`, an offset to each block.
+
+  >>> Spec(formats.FP4_E2M1, (32,), Spec(formats.E8M0, None))           # OCP's MXFP4
+  Spec(FP4_E2M1, (32,), scale=Spec(E8M0, None))
+  """
+  format: formats.Format
+  block: tuple | blocks.Flat | None
+  scale: 'Spec | None' = None  # None: float32.
+  zero: Zero | Min | None = None
+
+  def __post_init__(self):
+    if self.block is not None and not isinstance(self.block, (tuple, blocks.Flat)):
+      raise TypeError(f'Spec.block {self.block!r} is a {type(self.block).__name__}: a block is a tuple '
+                      "over the trailing axes, a Flat, or None. Write (32,) for runs of 32.")
+
+  def __repr__(self):
+    rest = f', scale={self.scale}' * (self.scale is not None) + f', zero={self.zero}' * (self.zero is not None)
+    block = str(self.block).replace('Ellipsis', '...')
+    return f'Spec({self.format}, {block}{rest})'
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+  """An array on a grid. `decode` gives its numbers, in f32."""
+  codes: jax.Array                      # [*shape], in the format's storage type.
+  scale: 'jax.Array | QArray | None'    # [*shape / block].
+  zero: 'jax.Array | QArray | None'     # Broadcasts to the scale's shape.
+  spec: Spec = dataclasses.field(metadata=dict(static=True))
+
+  shape = property(lambda self: self.codes.shape)
+  ndim = property(lambda self: self.codes.ndim)
+  size = property(lambda self: self.codes.size)
+
+  @property
+  def nbits(self):
+    """Bits of storage, when codes are packed."""
+    return sum(a.nbits if isinstance(a, QArray) else 8 * a.dtype.itemsize * a.size
+               for a in (self.scale, self.zero) if a is not None) + self.spec.format.bits * self.codes.size
+
+
+def exact(x):
+  """`x`, rounded to f32 before it is added to anything.
+
+  LLVM contracts a * b + c into one fused multiply-add where it can, and so gives other last bits
+  in one program than in another. It does not look through a clamp.
+  """
+  largest = np.finfo(np.float32).max
+  return jnp.clip(x, -largest, largest)
+
+
+def reciprocal(scale):
+  """1 / scale, and 0 where the scale is 0.
+
+  Encoding multiplies by it, and never divides: XLA rewrites some divisions by a broadcast array,
+  and all divisions by a constant, into such a product.
+  """
+  return jnp.where(scale == 0, jnp.zeros_like(scale), 1 / jnp.where(scale == 0, jnp.ones_like(scale), scale))
+
+
+def divide(x, divisor):
+  """x / divisor for a constant, as IEEE 754 rounds it: XLA would multiply by 1 / divisor."""
+  return x / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x))
+
+
+def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
+  """Rounds `x` to the grid of `spec`.
+
+  Args:
+    x: float[*shape], whose trailing axes `spec.block` tiles.
+    spec: the grid.
+    scale: [*shape / block], put on the grid of `spec.scale`; the smallest that clips nothing if
+      not given (core/ranges.py has other rules).
+    zero: likewise, where there is a `spec.zero`.
+    rounding: a function of core/rounding.py.
+
+  Returns:
+    QArray[*shape].
+
+  >>> q = encode(jnp.array([[0.5, -3.5, 7.0, 1.4]]), Spec(formats.INT4, block=(None,)))
+  >>> q.codes
+  Array([[0, -4, 7, 1]], dtype=int4)
+  >>> decode(q)
+  Array([[ 0., -4.,  7.,  1.]], dtype=float32)
+  """
+  x = x.astype(jnp.float32)
+  if spec.block is None:
+    return QArray(spec.format.encode(x, rounding), None, None, spec)
+  scale, zero = place(x, spec, scale, zero)
+  units = _units(x, spec, decode(scale), decode(zero), rounding)
+  return QArray(spec.format.encode(units, rounding), scale, zero, spec)
+
+
+def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
+  """decode(encode(x, ...)), bit for bit, in the dtype of `x` and without making codes."""
+  v = x.astype(jnp.float32)
+  if spec.block is None:
+    return cast(spec.format.round(v, rounding), x.dtype)
+  scale, zero = (decode(a) for a in place(v, spec, scale, zero))
+  value = spec.format.round(_units(v, spec, scale, zero, rounding), rounding)
+  return cast(_numbers(value, spec, scale, zero), x.dtype)
+
+
+def decode(q, dtype=jnp.float32):
+  """dtype[*shape]. An array that is not a QArray, or None, is returned as it is.
+
+  >>> decode(encode(jnp.array([[0.1, -1.0, 3.0]]), Spec(formats.FP4_E2M1, (None,))))
+  Array([[ 0. , -1. ,  3. ]], dtype=float32)
+  """
+  if not isinstance(q, QArray):
+    return q
+  value = q.spec.format.decode(q.codes)
+  if q.spec.block is not None:
+    value = _numbers(value, q.spec, decode(q.scale), decode(q.zero))
+  return cast(value, dtype)
+
+
+def cast(x, dtype):
+  """`x` in `dtype`, rounded even where XLA would rather keep the excess precision."""
+  if x.dtype == dtype:
+    return x
+  info = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
+
+
+def place(x, spec, scale=None, zero=None):
+  """A scale and a zero for `x` on their own grids: each f32, a QArray, or None.
+
+  Those not given are fitted: the smallest that clip nothing.
+  """
+  if scale is None:
+    return absmax(x, spec)
+  if (spec.zero is None) != (zero is None):
+    raise ValueError(f'zero={zero} was given for {spec}, whose zero is {spec.zero}. '
+                     'Give both, or neither.')
+  return _on_grid(scale, spec.scale), _on_grid(zero, spec.zero and spec.zero.spec)
+
+
+def absmax(x, spec):
+  """The range rule that clips nothing: max|x| / format.max, or (max - min) / (levels - 1).
+
+  Args:
+    x: float[*shape].
+    spec: a grid with a block.
+
+  Returns:
+    scale and zero, each [*shape / block] and on its own grid; zero is None without `spec.zero`.
+  """
+  x = x.astype(jnp.float32)
+  if spec.zero is None and spec.format.min < 0:
+    high = blocks.over_blocks(jnp.max, jnp.abs(x), spec.block)
+    return from_range(-high, high, spec)
+  return from_range(blocks.over_blocks(jnp.min, x, spec.block),
+                    blocks.over_blocks(jnp.max, x, spec.block), spec)
+
+
+def from_range(low, high, spec):
+  """The scale and zero that spread the format over [low, high], each f32[*shape / block].
+
+  Without a `spec.zero` the range is made symmetric; an unsigned format takes the sign of the end
+  that is further from 0, as K-quants' minimums do. With a Zero, the range is widened to hold 0,
+  which is then represented exactly.
+  """
+  if spec.zero is None:
+    extreme = jnp.maximum(high, -low)
+    if spec.format.min >= 0:
+      extreme = jnp.where(-low > high, low, high)
+    return _on_grid(divide(extreme, spec.format.max), spec.scale), None
+  if isinstance(spec.zero, Zero):
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+  scale = _on_grid(divide(high - low, spec.format.max - spec.format.min), spec.scale)
+  return scale, _on_grid(spec.zero.fit(low, decode(scale), spec.format), spec.zero.spec)
+
+
+def _on_grid(x, spec):
+  """A scale or a zero on the grid of `spec`. Exponents are rounded up: nothing is clipped."""
+  if spec is None or x is None or isinstance(x, QArray):
+    return x
+  up = isinstance(spec.format, formats.Exponent)
+  return encode(x, spec, rounding=rounding_.ceil if up else rounding_.half_even)
+
+
+def _units(x, spec, scale, zero, rounding):
+  """`x` in units of the format: f32[*shape]."""
+  inverse = blocks.spread(reciprocal(scale), spec.block, x.shape)
+  if zero is None:
+    return x * inverse
+  zero = blocks.spread(jnp.broadcast_to(zero, scale.shape), spec.block, x.shape)
+  return spec.zero.units(x, inverse, zero, rounding)
+
+
+def _numbers(value, spec, scale, zero):
+  """The format's values as numbers: f32[*shape]."""
+  spread = lambda a: blocks.spread(a, spec.block, value.shape)
+  if zero is None:
+    return value * spread(scale)
+  return spec.zero.numbers(value, spread(scale), spread(jnp.broadcast_to(zero, scale.shape)))

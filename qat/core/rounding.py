@@ -1,0 +1,61 @@
+"""Rounding: how a number between two grid points chooses one of them.
+
+Each rule is a function of `u`, numbers in units of the grid's spacing, and returns whole
+numbers of the same dtype. None of them adds a constant to `u`: XLA may contract a product
+and a sum into one fused multiply-add, and the same numbers would then round one way in one
+program and another way in the next.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+def half_even(u):
+  """IEEE 754's default and the unbiased one: 0.5 -> 0, 1.5 -> 2, -2.5 -> -2."""
+  return jnp.round(u)
+
+
+def half_away(u):
+  """C's `round`, LiteRT and GGUF's Q8_0: 0.5 -> 1, -0.5 -> -1."""
+  whole = jnp.trunc(u)
+  return whole + jnp.where(jnp.abs(u - whole) >= 0.5, jnp.sign(u), jnp.zeros_like(u))
+
+
+def half_up(u):
+  """floor(u + 1/2): 0.5 -> 1, -0.5 -> 0."""
+  nearest = jnp.round(u)
+  return jnp.where(u - nearest == 0.5, nearest + 1, nearest)
+
+
+def floor(u):
+  """Towards minus infinity."""
+  return jnp.floor(u)
+
+
+def ceil(u):
+  """Towards plus infinity."""
+  return jnp.ceil(u)
+
+
+def truncate(u):
+  """Towards zero."""
+  return jnp.trunc(u)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stochastic:
+  """Up with the probability of the fraction, so that the mean of the result is `u`.
+
+  Gupta et al. Deep Learning with Limited Numerical Precision, ICML 2015.
+  https://arxiv.org/abs/1502.02551
+
+  The key is used once: the same object draws the same numbers for the same shape.
+  """
+  key: jax.Array
+
+  def __call__(self, u):
+    whole = jnp.floor(u)
+    draw = jax.random.uniform(self.key, u.shape, u.dtype)
+    return whole + (draw < u - whole).astype(u.dtype)
