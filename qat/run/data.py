@@ -6,6 +6,7 @@
     position = iterator.get_state()        # a dict that JSON can hold; iterator.set_state(position) goes on there
 """
 
+import inspect
 import sys
 
 import grain
@@ -35,11 +36,13 @@ def load(name, split, data_dir=None, **options):
   >>> len(load('digits', 'train')), len(load('digits', 'test'))
   (1297, 500)
   """
-  if name in SETS and data_dir is None:
-    return SETS[name](split, **options)
-  if options:
+  ours = name in SETS and data_dir is None
+  known = set(inspect.signature(SETS[name]).parameters) - {'split'} if ours else set()
+  if not options.keys() <= known:
     raise ValueError(
-        f'Options {sorted(options)} of dataset {name!r}: a prepared dataset has none. Leave them out.')
+        f'Options {sorted(options)} of dataset {name!r}: those it has are {sorted(known)}. Leave out the others.')
+  if ours:
+    return SETS[name](split, **options)
   try:
     builder = prepared.find(name, data_dir)
   except ValueError as error:

@@ -101,8 +101,8 @@ def read(name, member):
     with zipfile.ZipFile(path) as archive:
       return archive.read(member)
   except KeyError as error:
-    raise KeyError(f'{member!r} in {path}: the archive has no such member. List them by `python -m zipfile -l`, '
-                   'or by `tar tf` if it is a .tgz.') from error
+    raise ValueError(f'Member {member!r} of {path}: the archive has none of that name. List them by '
+                     '`python -m zipfile -l`, or by `tar tf` if it is a .tgz.') from error
 
 
 def _download(package, path):

@@ -92,7 +92,8 @@ def load(builder, split):
   if 'tokens' in features:
     records = sources.Records(data_source, ('tokens',), _tokens)
   elif 'image' in features and 'label' in features:
-    highest = 255 if features['image'].np_dtype == np.uint8 else 1
+    dtype = np.dtype(features['image'].np_dtype)
+    highest = np.iinfo(dtype).max if dtype.kind in 'iu' else 1
     records = sources.Records(data_source, ('image', 'label'), sources.images(highest))
   else:
     raise ValueError(

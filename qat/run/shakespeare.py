@@ -72,4 +72,4 @@ def load(split, context_length=128, stride=None):
   """
   pieces = prepared.read(prepared.generate(ShakespeareCharacters), split)
   tokens = np.concatenate([np.zeros(0, np.uint8), *(piece['characters'] for piece in pieces)])
-  return sources.Windows(tokens, context_length, stride or context_length)
+  return sources.Windows(tokens, context_length, context_length if stride is None else stride)
