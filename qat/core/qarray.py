@@ -141,8 +141,8 @@ def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
   if spec.block is None:
     return QArray(spec.format.encode(x, rounding), None, None, spec)
   scale, zero = place(x, spec, scale, zero)
-  units = _units(x, spec, decode(scale), decode(zero), rounding)
-  return QArray(spec.format.encode(units, rounding), scale, zero, spec)
+  u = units(x, spec, scale, zero, rounding)
+  return QArray(spec.format.encode(u, rounding), scale, zero, spec)
 
 
 def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
@@ -151,7 +151,7 @@ def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
   if spec.block is None:
     return cast(spec.format.round(v, rounding), x.dtype)
   scale, zero = (decode(a) for a in place(v, spec, scale, zero))
-  value = spec.format.round(_units(v, spec, scale, zero, rounding), rounding)
+  value = spec.format.round(units(v, spec, scale, zero, rounding), rounding)
   return cast(_numbers(value, spec, scale, zero), x.dtype)
 
 
@@ -208,34 +208,38 @@ def absmax(x, spec):
                     blocks.over_blocks(jnp.max, x, spec.block), spec)
 
 
-def from_range(low, high, spec):
+def from_range(low, high, spec, under=(None, None)):
   """The scale and zero that spread the format over [low, high], each f32[*shape / block].
 
   Without a `spec.zero` the range is made symmetric; an unsigned format takes the sign of the end
   that is further from 0, as K-quants' minimums do. With a Zero, the range is widened to hold 0,
-  which is then represented exactly.
+  which is then represented exactly. `under` is another scale and zero, whose own scales are kept.
   """
   if spec.zero is None:
     extreme = jnp.maximum(high, -low)
     if spec.format.min >= 0:
       extreme = jnp.where(-low > high, low, high)
-    return _on_grid(divide(extreme, spec.format.max), spec.scale), None
+    return _on_grid(divide(extreme, spec.format.max), spec.scale, under[0]), None
   if isinstance(spec.zero, Zero):
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-  scale = _on_grid(divide(high - low, spec.format.max - spec.format.min), spec.scale)
-  return scale, _on_grid(spec.zero.fit(low, decode(scale), spec.format), spec.zero.spec)
+  scale = _on_grid(divide(high - low, spec.format.max - spec.format.min), spec.scale, under[0])
+  return scale, _on_grid(spec.zero.fit(low, decode(scale), spec.format), spec.zero.spec, under[1])
 
 
-def _on_grid(x, spec):
+def _on_grid(x, spec, under=None):
   """A scale or a zero on the grid of `spec`. Exponents are rounded up: nothing is clipped."""
   if spec is None or x is None or isinstance(x, QArray):
     return x
   up = isinstance(spec.format, formats.Exponent)
-  return encode(x, spec, rounding=rounding_.ceil if up else rounding_.half_even)
+  rounding = rounding_.ceil if up else rounding_.half_even
+  if under is None:
+    return encode(x, spec, rounding=rounding)
+  return encode(x, spec, under.scale, under.zero, rounding)
 
 
-def _units(x, spec, scale, zero, rounding):
-  """`x` in units of the format: f32[*shape]."""
+def units(x, spec, scale, zero, rounding=rounding_.half_even):
+  """`x` in units of the format, before it is rounded and clipped: f32[*shape]."""
+  x, scale, zero = x.astype(jnp.float32), decode(scale), decode(zero)
   inverse = blocks.spread(reciprocal(scale), spec.block, x.shape)
   if zero is None:
     return x * inverse
