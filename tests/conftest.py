@@ -1,0 +1,22 @@
+"""What all tests share: strict arithmetic, and compilations kept between runs."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# One compile of a small op takes longer than most tests do.
+jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(CACHE)))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+  """Arithmetic never promotes silently. Flax's norms and optax's Adam do: nn and run are exempt."""
+  strict = request.path.parent.name in ('core', 'quantizers', 'ptq', 'kernels')
+  with jax.numpy_dtype_promotion('strict' if strict else 'standard'):
+    yield
