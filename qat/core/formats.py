@@ -218,11 +218,8 @@ class Exponent:
   def round(self, x, rounding=half_even):
     x = jnp.clip(x, self.min, self.max)
     field = jax.lax.bitcast_convert_type(x, jnp.int32) >> 23
-    low = _power_of_two(field)
-    up = rounding(x * _power_of_two(254 - field) - 1)                    # in [0, 1): 0 or 1
-    if rounding is half_even:                                            # Tie to the even code.
-      up = jnp.where((x == 1.5 * low) & (field % 2 == 1), jnp.ones_like(up), up)
-    return jnp.minimum(jnp.where(up > 0, 2 * low, low), self.max)
+    significand = rounding(x * _power_of_two(254 - field))               # of [1, 2): 1 or 2; 1.5 -> 2
+    return jnp.minimum(significand * _power_of_two(field), self.max)
 
   def encode(self, x, rounding=half_even):
     return self.round(x, rounding).astype(self.storage)
@@ -247,7 +244,7 @@ class Codebook:
 
   bits = property(lambda self: max((len(self.values) - 1).bit_length(), 1))
   min = property(lambda self: self.values[0])
-  max = property(lambda self: max(abs(self.values[0]), abs(self.values[-1])))
+  max = property(lambda self: self.values[-1])
   storage = jnp.uint8
 
   def levels(self):

@@ -219,7 +219,8 @@ def from_range(low, high, spec, under=(None, None)):
     extreme = jnp.maximum(high, -low)
     if spec.format.min >= 0:
       extreme = jnp.where(-low > high, low, high)
-    return _on_grid(divide(extreme, spec.format.max), spec.scale, under[0]), None
+    largest = spec.format.max or -spec.format.min                        # INT1 is {-1, 0}.
+    return _on_grid(divide(extreme, largest), spec.scale, under[0]), None
   if isinstance(spec.zero, Zero):
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
   scale = _on_grid(divide(high - low, spec.format.max - spec.format.min), spec.scale, under[0])
