@@ -1,0 +1,10 @@
+"""Quantization-aware training in JAX and Flax: what you train is what you ship."""
+
+from qat.core import codebooks, formats, observers, ranges, rounding, specs
+from qat.core.blocks import Flat
+from qat.core.qarray import Min, QArray, Spec, Zero, decode, encode, fake
+from qat.nn import recipes
+from qat.nn.calibrate import calibrate
+from qat.nn.explain import explain
+from qat.nn.rules import Rule
+from qat.nn.transform import freeze, quantize

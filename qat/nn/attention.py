@@ -1,0 +1,24 @@
+"""Attention whose operands are quantized: queries, keys, values and probabilities."""
+
+from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
+import jax.numpy as jnp
+
+
+class Scores(nnx.Module):
+  """A quantizer for each operand of the two products of attention."""
+
+  def __init__(self, query, key, value, probabilities):
+    self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
+
+  def __call__(self, query, key, value, bias=None, mask=None, **settings):
+    """softmax(q k^T / sqrt(d)) v, with the arguments of nnx.dot_product_attention.
+
+    Args:
+      query: [*batch, t, heads, d].
+      key, value: [*batch, s, kv_heads, d]; kv_heads divides heads.
+    """
+    share = query.shape[-2] // key.shape[-2]
+    key, value = (jnp.repeat(a, share, axis=-2) for a in (self.key(key), self.value(value)))
+    weights = dot_product_attention_weights(self.query(query), key, bias, mask, **settings)
+    return jnp.einsum('...hqk,...khd->...qhd', self.probabilities(weights), value)

@@ -1,0 +1,105 @@
+"""Recipes: which layer gets which quantizers."""
+
+import dataclasses
+import difflib
+import re
+
+from flax import nnx
+
+from qat.nn import layouts, quantized
+from qat.quantizers import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Layers whose whole path matches `path`. Without quantizers, they stay in floats.
+
+  Quantizers are prototypes: each operand of each layer gets one of its own.
+
+  Attributes:
+    path: a regular expression: 'blocks/\\d+/ffn/.*'. '.*' is everything that no rule before has.
+    weight: of the layer's kernel or embedding, seen as matrices [in, out], or of the Param at `path`.
+    input: of the first argument, where a product reads it.
+    output: of what the layer returns.
+    gradient: of what comes back through the layer's output.
+    scores: of the queries, keys, values and probabilities of attention.
+    kind: a regular expression for the layer's class: 'Conv|ConvTranspose'.
+  """
+  path: str
+  weight: base.Quantizer | None = None
+  input: base.Quantizer | None = None
+  output: base.Quantizer | None = None
+  gradient: nnx.Module | None = None
+  scores: base.Quantizer | None = None
+  kind: str = '.*'
+
+  def matches(self, site):
+    return bool(re.fullmatch(self.path, site.path) and re.fullmatch(self.kind, site.kind))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+  """A place that a rule can name: a layer, a bare Param, or an attention function.
+
+  Attributes:
+    path: of the layer, or of the Param.
+    module: what holds the weight.
+    name: the weight's attribute; None for attention.
+    kind: the layer's class, 'Param', or 'Attention'.
+  """
+  path: str
+  module: nnx.Module
+  name: str | None
+  kind: str
+
+  @property
+  def layout(self):
+    """Its weight's Layout."""
+    layer = layouts.layer_type(self.module)
+    if layer and layouts.LAYERS[layer][0] == self.name:
+      return layouts.LAYERS[layer][1](self.module)
+    return layouts.bare(self.variable)
+
+  @property
+  def variable(self):
+    return vars(self.module)[self.name]
+
+
+def sites(model):
+  """Every place of `model` that a rule can name, in the order of definition."""
+  found = []
+  for path, module in quantized.walk(model):
+    layer = layouts.layer_type(module)
+    own = layouts.LAYERS[layer][0] if layer else None
+    if own and isinstance(vars(module).get(own), nnx.Variable):
+      found.append(Site(path, module, own, layer.__name__))
+    if 'attention_fn' in vars(module):
+      found.append(Site(f'{path}/attention_fn'.lstrip('/'), module, None, 'Attention'))
+    if not layer and not isinstance(module, layouts.NORMS):
+      found += [Site(f'{path}/{name}'.lstrip('/'), module, name, 'Param')
+                for name, v in vars(module).items() if isinstance(v, nnx.Param) and _is_matrix(v)]
+  return found
+
+
+def _is_matrix(variable):
+  return getattr(variable.get_value(), 'ndim', 0) >= 2
+
+
+def first_matches(recipe, found):
+  """site -> its rule, or None; raises if a rule that names a path matches nothing."""
+  recipe = tuple(recipe)
+  if not recipe:
+    raise ValueError("The recipe is empty: no layer would be quantized. Give at least Rule('.*', weight=...).")
+  chosen = {site: next((r for r in recipe if r.matches(site)), None) for site in found}
+  used = {id(rule) for rule in chosen.values()}
+  unused = [r.path for r in recipe if id(r) not in used and (r.path != '.*' or not found)]
+  shadowed = [p for p in unused if any(re.fullmatch(p, s.path) for s in found)]
+  paths = [s.path for s in found]
+  if shadowed:
+    raise ValueError(f'The rules {shadowed} take effect nowhere: rules before them match all their layers, or '
+                     f'their `kind` matches none. The layers are {paths}. Put them earlier, or drop them.')
+  if unused:
+    near = difflib.get_close_matches(unused[0], paths, 1)
+    hint = f" Did you mean '{near[0]}'?" if near else ' A path is matched whole: write .*name.* for a part.'
+    raise ValueError(f'No layer matches the rules {unused}. The layers are {paths}.{hint}')
+  return chosen

@@ -1,0 +1,111 @@
+"""quantize and freeze: a model in, a model out."""
+
+from flax import nnx
+
+from qat.nn import attention, quantized, rules, weights
+
+Rule = rules.Rule
+
+
+def quantize(model, recipe):
+  """A copy of `model` whose layers have the quantizers of the first rule that they match.
+
+  The copy shares the arrays of `model`, which stays as it is. Params keep their paths and their floats;
+  layers read them on their grids. A Param that two layers share is quantized once.
+
+  Args:
+    model: any nnx.Module.
+    recipe: Rules, in order; see qat.nn.recipes for named ones.
+
+  Returns:
+    A model of the same class. Where inputs have quantizers that need a range, call `calibrate` next.
+  """
+  order = [s.path for s in rules.sites(model)]
+  chosen = {s.path: r for s, r in rules.first_matches(recipe, rules.sites(model)).items()}
+  model = nnx.clone(model)
+  shared = {}  # id of a Param -> its Weight.
+  for site in sorted(rules.sites(model), key=lambda s: order.index(s.path)):
+    rule = chosen[site.path]
+    if rule is not None:
+      _quantize_site(site, rule, shared)
+  return model
+
+
+def _quantize_site(site, rule, shared):
+  """Puts the quantizers of `rule` at one site, in place."""
+  if site.kind == 'Attention':
+    if rule.scores is not None:
+      operands = (rule.scores.for_input(()) if _ready(rule.scores) else nnx.clone(rule.scores) for _ in range(4))
+      quantized.attach(site.module, site.path).scores = attention.Scores(*operands)
+    return
+  matrix = site.layout.to_matrix(site.variable.get_value())
+  lead = matrix.shape[:matrix.ndim - 2 - len(site.layout.batch)]
+  if rule.weight is not None:
+    q = quantized.attach(site.module, site.path)
+    if id(site.variable) not in shared:
+      shared[id(site.variable)] = weights.Weight(_for_weight(rule.weight, matrix, site), site.layout)
+    q.weights[site.name] = shared[id(site.variable)]
+  if site.kind == 'Param':
+    return
+  for slot in ('input', 'output'):
+    prototype = getattr(rule, slot)
+    if prototype is not None:
+      ready = prototype.for_input(lead) if _ready(prototype) else nnx.clone(prototype)
+      setattr(quantized.attach(site.module, site.path), slot, ready)
+  if rule.gradient is not None:
+    quantized.attach(site.module, site.path).gradient = rule.gradient.for_input(lead)
+
+
+def _ready(quantizer):
+  """Whether a prototype works without calibration."""
+  return quantizer.observer is None
+
+
+def _for_weight(prototype, matrix, site):
+  try:
+    quantizer = prototype.for_weight(matrix)
+    # A block that does not tile says so now, and names the layer.
+    nnx.eval_shape(lambda q, w: q.encode(w), nnx.clone(quantizer), matrix)
+    return quantizer
+  except ValueError as e:
+    raise ValueError(f"Layer '{site.path}', whose weight is {matrix.shape[-2]} inputs x "
+                     f'{matrix.shape[-1]} outputs: {e}') from e
+
+
+def freeze(model):
+  """A copy of `model` that holds codes in place of floats, and nothing left to learn in its quantizers.
+
+  The codes are those that the model was training on: outputs are equal, bit for bit.
+  """
+  model = nnx.clone(model)
+  frozen = {}  # id of a Param -> its Codes.
+  for path, layer in quantized.layers(model).items():
+    q = vars(layer)['quantizers']
+    for name, weight in list(q.weights.items()):
+      variable = vars(layer)[name]
+      if isinstance(variable, weights.Codes):
+        continue
+      if id(variable) not in frozen:
+        frozen[id(variable)] = (weights.freeze(weight, variable), weights.Weight(None, weight.layout))
+      codes, reader = frozen[id(variable)]
+      q.weights[name] = reader
+      setattr(layer, name, codes)
+    q.gradient = None
+    for holder, slot in activations(q):
+      setattr(holder, slot, _frozen(getattr(holder, slot), path))
+  return model
+
+
+def activations(q):
+  """(holder, attribute) of each activation's quantizer of one layer."""
+  places = [(q, 'input'), (q, 'output')]
+  if q.scores is not None:
+    places += [(q.scores, name) for name in ('query', 'key', 'value', 'probabilities')]
+  return [(holder, slot) for holder, slot in places if getattr(holder, slot) is not None]
+
+
+def _frozen(quantizer, path):
+  if not _ready(quantizer):
+    raise ValueError(f"Layer '{path}' has a {type(quantizer).__name__} that was not calibrated: it has no range. "
+                     'Call qat.calibrate(model, batches) before qat.freeze.')
+  return quantizer.frozen()
