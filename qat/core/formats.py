@@ -217,9 +217,10 @@ class Exponent:
 
   def round(self, x, rounding=half_even):
     x = jnp.clip(x, self.min, self.max)
-    field = jax.lax.bitcast_convert_type(x, jnp.int32) >> 23
-    significand = rounding(x * _power_of_two(254 - field))               # of [1, 2): 1 or 2; 1.5 -> 2
-    return jnp.minimum(significand * _power_of_two(field), self.max)
+    word = jax.lax.bitcast_convert_type(x, jnp.int32)
+    significand = jax.lax.bitcast_convert_type((word & (2**23 - 1)) | 127 << 23, jnp.float32)
+    significand = rounding(significand)                                  # [1, 2) to 1 or 2; 1.5 to 2
+    return jnp.minimum(significand * _power_of_two(word >> 23), self.max)
 
   def encode(self, x, rounding=half_even):
     return self.round(x, rounding).astype(self.storage)
