@@ -13,12 +13,15 @@ NETWORKS = dict(cnn=cnn.CNN, separable=cnn.SeparableCNN)
 
 @pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
 def build(request):
-  return functools.partial(request.param, (4, 8), nnx.Rngs(0))
+  return functools.partial(request.param, channels=(4, 8), rngs=nnx.Rngs(0), image_shape=(8, 8, 1))
 
 
-@pytest.mark.parametrize('size', [8, 28])
-def test_takes_images_of_any_size(build, size):
-  logits = nnx.jit(lambda model, x: model(x))(build(), jnp.ones((2, size, size, 1)))
+@pytest.mark.parametrize('image_shape, places', [((8, 8, 1), 2 * 2), ((7, 5, 3), 2 * 2), ((28, 28, 1), 7 * 7)])
+def test_each_block_but_the_first_halves_the_image(build, image_shape, places):
+  """Rounded up: 7 -> 4 -> 2, and 5 -> 3 -> 2."""
+  model = build(image_shape=image_shape, channels=(4, 4, 8))
+  assert model.head.in_features == places * 8
+  logits = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, *image_shape)))
   assert logits.shape == (2, 10) and jnp.isfinite(logits).all()
 
 
@@ -48,9 +51,9 @@ def test_train_moves_the_running_averages_and_eval_does_not(build):
 
 def test_parameter_counts():
   count = lambda m: sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param)))
-  first, head = 9 * 4 + 2 * 4, (8 + 1) * 10  # 3x3 kernel, BatchNorm's scale and bias; linear and bias
-  assert count(cnn.CNN((4, 8), nnx.Rngs(0))) == first + (9 * 4 * 8 + 2 * 8) + head
-  assert count(cnn.SeparableCNN((4, 8), nnx.Rngs(0))) == (
+  first, head = 9 * 4 + 2 * 4, (4 * 4 * 8 + 1) * 10  # 3x3 kernel, BatchNorm's scale and bias; linear and bias
+  assert count(cnn.CNN((4, 8), nnx.Rngs(0), image_shape=(8, 8, 1))) == first + (9 * 4 * 8 + 2 * 8) + head
+  assert count(cnn.SeparableCNN((4, 8), nnx.Rngs(0), image_shape=(8, 8, 1))) == (
       first + (9 * 4 + 2 * 4) + (4 * 8 + 2 * 8) + head)
 
 
@@ -70,3 +73,8 @@ def test_computes_in_bfloat16_and_keeps_statistics_in_float32(build):
 def test_no_channels_is_an_error():
   with pytest.raises(ValueError, match='CNN of no channels: .* Give one number a block'):
     cnn.CNN((), nnx.Rngs(0))
+
+
+def test_another_image_shape_is_an_error(build):
+  with pytest.raises(ValueError, match=r'images of shape \(28, 28, 1\): it was built for \(8, 8, 1\)'):
+    build()(jnp.ones((1, 28, 28, 1)))
