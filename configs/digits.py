@@ -1,0 +1,25 @@
+r"""MLP 64-128-128-10 on 8x8 digits, any quantizer at any width.
+
+RESULTS_DIGITS
+python -m qat.run.train --config configs/digits.py:quantizer=lsq,bits=2 --workdir /tmp/digits
+Most wanted: `:quantizer=float`, `:bits=4`, `:first_last=2` (bits of the first and last layer; 8 unless said).
+"""
+
+from configs import defaults
+
+
+def get_config(arg=''):
+  arg = defaults.parse_arg(arg, quantizer='lsq', bits=2, first_last=8, smoke=False)
+  config = defaults.base()
+  config.data.name = 'digits'
+  config.model.update(name='mlp.MLP', sizes=(64, 128, 128, 10))
+  if arg.quantizer != 'float':
+    config.recipe = defaults.bits(arg.quantizer, arg.bits)
+    config.recipe.rules = {'layers/0|layers/2': defaults.bits(arg.quantizer, arg.first_last)}
+  config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=1e-4)
+  config.total_steps = 600
+  config.eval.update(batch_size=500, every_steps=100)
+  config.checkpoint_every_steps = 100
+  if arg.smoke:
+    defaults.smoke(config)
+  return config

@@ -1,0 +1,29 @@
+r"""MLP 64-128-128-10 on 8x8 digits: float, post-training and trained, in 4 and 2 bits, 3 seeds each.
+
+RESULTS_QUICKSTART
+python -m qat.run.quickstart --config configs/quickstart.py --workdir /tmp/quickstart
+"""
+
+from configs import defaults
+
+
+def get_config(arg=''):
+  arg = defaults.parse_arg(arg, smoke=False)
+  config = defaults.base()
+  config.seeds = 3  # seed, seed + 1, ...
+  config.data.name = 'digits'
+  config.model.update(name='mlp.MLP', sizes=(64, 128, 128, 10))
+  # (row of the table, recipe): the first are put on the grid after float training, the others train on it.
+  config.post_training = (
+      ('post-training W4A4', dict(name='w4a4_static')),
+      ('post-training W2A2', dict(name='w2a2_static')))
+  config.trained = (
+      ('QAT W4A4', dict(name='w4a4_lsq')),
+      ('QAT W2A2, ends W8A8', dict(name='w2a2_lsq', rules={'layers/0|layers/2': 'w8a8_lsq'})),
+      ('QAT W2A2', dict(name='w2a2_lsq')))
+  config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=1e-4)
+  config.total_steps = 600
+  if arg.smoke:
+    config.seeds = 2
+    defaults.smoke(config)
+  return config

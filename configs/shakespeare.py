@@ -1,0 +1,31 @@
+r"""A GPT of a million parameters on Shakespeare's characters: float, W8A8, W4A8, W4 g64, MXFP4, NVFP4, BitNet b1.58.
+
+RESULTS_SHAKESPEARE
+python -m qat.run.train --config configs/shakespeare.py:recipe=w4a8 --workdir /tmp/shakespeare
+`:recipe=` takes float, or a name of qat/nn/recipes.py: w8a8, w4a8, w4a16_g64, mxfp4, nvfp4, bitnet, ...
+"""
+
+from configs import defaults
+
+
+def get_config(arg=''):
+  arg = defaults.parse_arg(arg, recipe='w4a8', smoke=False)
+  config = defaults.base()
+  config.data.update(name='shakespeare', batch_size=16)
+  config.data.options.context_length = 128
+  config.data.train_options.stride = 1
+  config.model.update(name='decoder.gpt', vocab_size=65, context_length=128, width=128, layers=5, heads=4)
+  if arg.recipe != 'float':
+    config.recipe.name = arg.recipe
+  config.objective = 'language'
+  config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=0.1)
+  config.optimizer.options.b2 = 0.99
+  config.schedule.warmup_steps = 100
+  config.total_steps = 2000
+  config.eval.update(batch_size=64, every_steps=500)
+  config.checkpoint_every_steps = 500
+  if arg.smoke:
+    config.data.options.context_length = 32
+    config.model.update(context_length=32, width=64, layers=1, heads=2)
+    defaults.smoke(config)
+  return config

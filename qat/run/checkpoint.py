@@ -1,0 +1,198 @@
+"""Checkpoints: the whole state of a run, written by orbax, checked when read.
+
+    <workdir>/checkpoints/<step>/state    the arrays, {path: array}
+    <workdir>/checkpoints/<step>/about    JSON: data position, metrics, seconds, a checksum an array
+
+Orbax writes in the background into a temporary folder and renames it when whole, so that a
+kill leaves the checkpoints before it. The last ones and the best one are kept. What is damaged
+later (a checksum differs, a file is gone) is moved to <workdir>/damaged, and the one before is used.
+"""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import sys
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+STATE, ABOUT = 'state', 'about'
+ANOTHER = 'Use the config of that run, or another --workdir.'
+policies = ocp.checkpoint_managers
+
+
+class Checkpoints:
+  """Writes checkpoints in the background; keeps the last few and the best."""
+
+  def __init__(self, workdir, score, keep):
+    """`score` ranks the metrics of evaluations, higher is better; `keep` is how many last ones stay."""
+    self.directory = folder(workdir)
+    best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+    kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True)
+    self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def save(self, step, state, about, metrics=None):
+    """Copies `state` to the host and writes it in the background.
+
+    Args:
+      step: int.
+      state: a pytree of arrays.
+      about: a dict for JSON.
+      metrics: those of an evaluation at this step, if there was one.
+    """
+    if step in self.manager.all_steps():
+      return
+    arrays = to_host(state)
+    about = dict(about, metrics=metrics, checksums={k: checksum(x) for k, x in arrays.items()})
+    self.manager.save(step, metrics=metrics, args=ocp.args.Composite(
+        **{STATE: ocp.args.StandardSave(arrays), ABOUT: ocp.args.JsonSave(about)}))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    """Waits until everything is on disk."""
+    try:
+      self.manager.wait_until_finished()
+    finally:
+      self.manager.close()
+
+
+def folder(workdir):
+  return pathlib.Path(workdir).resolve() / 'checkpoints'
+
+
+def steps(workdir):
+  """The steps that have a checkpoint, first to last."""
+  return sorted(int(p.name) for p in folder(workdir).glob('*') if p.name.isdigit())
+
+
+def restore(workdir, like):
+  """(state, about) of the last checkpoint that is whole, or None when there is no checkpoint.
+
+  Args:
+    workdir: the run's folder.
+    like: a state whose structure, shapes and dtypes the checkpoint must have.
+  """
+  damaged = []
+  for step in reversed(steps(workdir)):
+    try:
+      restored = read(workdir, step, like)
+    except Damaged as error:
+      damaged.append(step)
+      _set_aside(workdir, step, error)
+      continue
+    if damaged:
+      print(f'WARNING: going on from the checkpoint of step {step} in place of {damaged[0]}.', file=sys.stderr)
+    return restored
+  if damaged:
+    raise ValueError(f'Every checkpoint of {str(workdir)!r} is damaged: steps {sorted(damaged)}. They were moved to '
+                     f'{pathlib.Path(workdir) / "damaged"}. Restore the folder from a copy, or start again in another --workdir.')
+  return None
+
+
+def best_step(workdir, score):
+  """The step whose evaluation scored highest, or None; the later one wins a tie."""
+  scored = []
+  for step in steps(workdir):
+    with contextlib.suppress(Damaged):  # `read` speaks of it when it is asked for.
+      if metrics := about(workdir, step)['metrics']:
+        scored.append((score(metrics), step))
+  return max(scored)[1] if scored else None
+
+
+class Damaged(ValueError):
+  """A checkpoint that is not what was written."""
+
+
+def about(workdir, step):
+  """The JSON of one checkpoint."""
+  path = folder(workdir) / str(step) / ABOUT / 'metadata'
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise Damaged(f'{path} cannot be read ({error})') from error
+
+
+def read(workdir, step, like):
+  """(state, about) of one checkpoint that has the arrays of `like` and no others.
+
+  Raises:
+    Damaged: an array is missing, unreadable, or has another checksum than when it was written.
+    ValueError: it is whole, and of another model.
+  """
+  if extra := sorted(set(about(workdir, step)['checksums']) - set(flatten(like))):
+    raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: it has {extra[:4]} besides. {ANOTHER}')
+  return read_part(workdir, step, like)
+
+
+def read_part(workdir, step, like):
+  """(state, about) of one checkpoint, of which `like` may be a part: to evaluate needs no optimizer."""
+  facts, wanted = about(workdir, step), flatten(like)
+  if missing := sorted(set(wanted) - set(facts['checksums'])):
+    raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: it lacks {missing[:4]}. {ANOTHER}')
+  leaves = []
+  for name, x in wanted.items():
+    array = _array(folder(workdir) / str(step) / STATE, name)
+    if checksum(array) != facts['checksums'][name]:
+      raise Damaged(f'array {name!r} has another checksum than when it was written')
+    shape = jax.random.key_data(x).shape if _is_key(x) else x.shape
+    if array.shape != shape:
+      raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: {name} is {array.shape} there '
+                       f'and {shape} here. {ANOTHER}')
+    leaves.append(_like(array, x))
+  return jax.tree.unflatten(jax.tree.structure(like), leaves), facts
+
+
+def _array(path, name):
+  """One array of a checkpoint, read by tensorstore itself.
+
+  Orbax reads all at once, and leaves a stack trace a thread on stderr when one array is damaged.
+  """
+  store = dict(driver='zarr', kvstore=dict(driver='ocdbt', base=f'file://{path}/', path=name))
+  try:
+    return tensorstore.open(store, open=True, read=True).result().read().result()
+  except ValueError as error:  # Tensorstore's word for bytes gone or changed.
+    raise Damaged(f'array {name!r} cannot be read ({str(error)[:200]})') from error
+
+
+def flatten(state):
+  """{'params/layers/0/kernel': leaf} of a state."""
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
+
+
+def to_host(state):
+  """{name: a numpy copy} of a state: the next step may write over its buffers. Random keys as numbers."""
+  return {name: np.array(jax.random.key_data(x) if _is_key(x) else x) for name, x in flatten(state).items()}
+
+
+def _like(array, x):
+  """`array` as a jax array of the kind of `x`."""
+  if _is_key(x):
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(x))
+  return jax.numpy.asarray(array)
+
+
+def _is_key(x):
+  return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def checksum(array):
+  """CRC-32 of an array's bytes."""
+  return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _set_aside(workdir, step, error):
+  """Says so on stderr, and moves a damaged checkpoint out of the way."""
+  aside = pathlib.Path(workdir) / 'damaged' / str(step)
+  print(f'WARNING: the checkpoint of step {step} is damaged: {" ".join(str(error).split())}. It is moved to {aside}.',
+        file=sys.stderr)
+  shutil.rmtree(aside, ignore_errors=True)
+  aside.parent.mkdir(exist_ok=True)
+  shutil.move(folder(workdir) / str(step), aside)

@@ -1,0 +1,48 @@
+"""Evaluates what a run left: its best and its last checkpoint, as trained and frozen.
+
+    qat evaluate --workdir <dir> [--config configs/<file>.py[:arg]]
+
+Prints a table; the config is the one that the run began with.
+"""
+
+import sys
+
+import rich.console
+import rich.table
+
+from qat.nn import transform
+from qat.run import build
+from qat.run import checkpoint
+
+
+def main(config, workdir):
+  """Prints the table."""
+  run = build.run(config)
+  table = rich.table.Table(title=f'{workdir}, {config.data.name} {config.data.test}, {len(run.scorer.source)} examples')
+  rows = list(evaluations(run, workdir))
+  for name in ('checkpoint', 'step', 'weights', *rows[0][-1]):
+    table.add_column(name, justify='right')
+  for *where, values in rows:
+    table.add_row(*map(str, where), *(f'{v:.5g}' for v in values.values()))
+  rich.console.Console().print(table)
+
+
+def evaluations(run, workdir):
+  """Yields (which, step, form of the weights, {name: mean})."""
+  last = max(checkpoint.steps(workdir), default=None)
+  if last is None:
+    raise ValueError(f'--workdir {str(workdir)!r} has no checkpoint to evaluate. Train there first: qat train.')
+  best = checkpoint.best_step(workdir, run.objective.score)
+  for which, step in (('best', best), ('last', last)):
+    if step is None:
+      continue
+    state, _ = checkpoint.read_part(workdir, step, run.state)
+    model = run.model(state)
+    yield which, step, 'float' if not run.config.recipe else 'trained', run.scorer(model)
+    if run.config.recipe:
+      yield which, step, 'frozen', run.scorer(transform.freeze(model))
+
+
+if __name__ == '__main__':
+  from qat.run import cli
+  sys.exit(cli.main(['evaluate', *sys.argv[1:]]))

@@ -1,0 +1,45 @@
+"""What is minimized, and how an evaluation is scored: one value an objective.
+
+Config names them: `config.objective = 'classification'`.
+"""
+
+import dataclasses
+import math
+from typing import Callable
+
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """`values['loss']` is minimized; the checkpoint of the highest `score` is the best."""
+  inputs: Callable  # batch -> what the model is called on
+  values: Callable  # (outputs, batch) -> {name: f32[b]}, one number an example
+  score: Callable   # {name: mean over the test set} -> float
+
+
+def _classify(logits, batch):
+  logits = logits.astype(jnp.float32)  # Softmax in bfloat16 loses the loss's second digit.
+  hit = jnp.argmax(logits, axis=-1) == batch['label']
+  return dict(loss=optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']),
+              accuracy=hit.astype(jnp.float32))
+
+
+def _next_token(logits, batch):
+  targets = batch['tokens'][:, 1:]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)  # [b, t]
+  hit = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  loss = losses.mean(axis=1)  # [b]
+  return dict(loss=loss, bits_per_character=loss / math.log(2), accuracy=hit.mean(axis=1))
+
+
+classification = Objective(
+    inputs=lambda batch: batch['image'],
+    values=_classify,
+    score=lambda metrics: metrics['accuracy'])
+
+language = Objective(
+    inputs=lambda batch: batch['tokens'][:, :-1],
+    values=_next_token,
+    score=lambda metrics: -metrics['bits_per_character'])
