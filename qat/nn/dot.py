@@ -63,7 +63,7 @@ def product(quantizer, x, weight, variable):
   Returns:
     [*batch, *rows, n] in the dtype of x, and exact sums of codes if the grids are integers; else None.
   """
-  if not (weight.is_repeatable and isinstance(quantizer, base.Quantizer) and repeatable(quantizer)):
+  if not isinstance(quantizer, base.Quantizer):  # It only watches, for calibration.
     return None
   x_codes, w_codes = quantizer.encode(x), weight.encode(variable)
   if not (integer.fits(x_codes, -1) and integer.fits(w_codes, -2)):
@@ -71,11 +71,6 @@ def product(quantizer, x, weight, variable):
   w_hat = weight.layout.to_matrix(weight.decode(variable))
   y = integer_product(quantizer(x), w_hat.astype(x.dtype), x_codes, w_codes)
   return qarray.cast(y, x.dtype)
-
-
-def repeatable(quantizer):
-  """Whether a quantizer's encode and its call agree when both are called."""
-  return getattr(quantizer, 'stream', None) is None
 
 
 def dot_general(original, quantizer, weight, variable):

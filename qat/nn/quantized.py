@@ -12,7 +12,8 @@ import functools
 from flax import nnx
 import jax.numpy as jnp
 
-from qat.nn import dot
+from qat.nn import dot, weights
+from qat.quantizers import base, dorefa
 
 
 class Quantizers(nnx.Module):
@@ -45,7 +46,11 @@ def call(quantizers, forward, args, kwargs, input_at_call):
     args = (q.input(args[0]), *args[1:])
   y = forward(*args, **kwargs)
   y = y if q.output is None else q.output(y)
-  return y if q.gradient is None else q.gradient(y)
+  y = y if q.gradient is None else q.gradient(y)
+  for quantizer in (*q.weights.values(), q.input, q.output, q.gradient):
+    if isinstance(quantizer, (base.Quantizer, weights.Weight, dorefa.DoReFaGradient)):
+      quantizer.advance()
+  return y
 
 
 def _product(make):

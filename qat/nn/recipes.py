@@ -51,7 +51,7 @@ def calibrated(weight_bits, input_bits):
 def learned(weight_bits, input_bits):
   """LSQ: learned steps, one an output for weights, one for each input; unsigned where inputs are."""
   signed, unsigned = (specs.integer(input_bits, specs.TENSOR, signed=s) for s in (True, False))
-  weight = lsq.LSQ(specs.integer(weight_bits, specs.CHANNEL, narrow=weight_bits == 2))
+  weight = lsq.LSQ(specs.integer(weight_bits, specs.CHANNEL))
   return weight_and_input(weight, lsq.LSQ(signed, unsigned=unsigned))
 
 

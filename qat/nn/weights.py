@@ -46,10 +46,9 @@ class Weight(nnx.Module):
   def see(self, variable):
     return Seen(self.decode(variable), variable)
 
-  @property
-  def is_repeatable(self):
-    """Whether encode and decode agree when both are called."""
-    return getattr(self.quantizer, 'stream', None) is None
+  def advance(self):
+    if self.quantizer is not None:
+      self.quantizer.advance()
 
 
 def freeze(weight, variable):

@@ -62,6 +62,9 @@ class Quantizer(nnx.Module):
     del lead, scale, zero
     return nnx.clone(self)
 
+  def advance(self):
+    """Goes on to the next random draw. Most quantizers draw none."""
+
   def needs_range(self):
     """The error of a prototype that is called."""
     return ValueError(f'{type(self).__name__}({self.spec}) has no range yet: it is fitted to a weight by quantize, '

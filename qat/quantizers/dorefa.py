@@ -99,3 +99,7 @@ class DoReFaGradient(nnx.Module):
 
   def __call__(self, x):
     return quantize_gradient(x, self.stream(), self.bits)
+
+  def advance(self):
+    """Goes on to the next draw: at the end of the layer's call."""
+    self.stream.advance()

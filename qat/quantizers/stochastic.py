@@ -3,7 +3,8 @@
 Gupta et al. Deep Learning with Limited Numerical Precision, ICML 2015.
 https://arxiv.org/abs/1502.02551
 
-Each call draws new numbers, and counts: clone the quantizer to draw the same ones again.
+The draw is that of the stream's count, so a call and `encode` agree; `advance` goes on to the next, as every
+layer does at the end of its call.
 """
 
 from flax import nnx
@@ -37,6 +38,9 @@ class StochasticRounding(base.Quantizer):
   def __call__(self, x):
     draw = rounding.Stochastic(self.stream())
     return base.straight_through(x, qarray.fake(x, self.spec, *self.grid(x), rounding=draw))
+
+  def advance(self):
+    self.stream.advance()
 
   def frozen(self):
     """Inputs are rounded to nearest when they are served."""

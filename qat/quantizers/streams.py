@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class Stream(nnx.Module):
-  """A key and a count. Each call returns a new key."""
+  """A key and a count. A call returns the key of this count; `advance` counts."""
 
   def __init__(self, key, lead=()):
     """`lead`: the axes on which layers are stacked; each gets keys of its own."""
@@ -17,6 +17,7 @@ class Stream(nnx.Module):
     return Stream(self.key[...], lead)
 
   def __call__(self):
-    key = jax.random.fold_in(self.key[...], self.count[...])
+    return jax.random.fold_in(self.key[...], self.count[...])
+
+  def advance(self):
     self.count[...] = self.count[...] + jnp.uint32(1)
-    return key
