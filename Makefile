@@ -1,0 +1,59 @@
+# Everything a newcomer runs. The environment is made by whatever needs it.
+#
+#   make quickstart                     train and quantize on the embedded data, write the report
+#   make test                           all tests that need no accelerator and no other framework
+#   make test PYTHON=python3.13         the same under another Python
+#   make test-slow, test-peers          what takes long, what needs other frameworks
+#   make bench, bench-peers             training step and compile time, QAT over float
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: env quickstart test test-slow test-peers bench bench-peers lint clean
+
+env: $(VENV)/.dev
+
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} is older than 3.11. Run: make PYTHON=<a newer python>"'
+	@echo "Creating $(VENV) with Python $(VERSION)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "Installing what the tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.dev
+	@$(PIP) --editable '.[peers]'
+	@touch $@
+
+quickstart: $(VENV)/.base
+	@$(BIN)/qat quickstart --config configs/quickstart.py --workdir runs/quickstart
+
+test: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers'
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers
+
+bench: $(VENV)/.base
+	@$(BIN)/python -m benchmarks.train_step
+
+bench-peers: $(VENV)/.peers
+	@$(BIN)/python -m benchmarks.train_step --peers
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv* .cache .pytest_cache .ruff_cache build *.egg-info
