@@ -91,8 +91,10 @@ def first_matches(recipe, found):
   if not recipe:
     raise ValueError("The recipe is empty: no layer would be quantized. Give at least Rule('.*', weight=...).")
   chosen = {site: next((r for r in recipe if r.matches(site)), None) for site in found}
-  used = {id(rule) for rule in chosen.values()}
-  unused = [r.path for r in recipe if id(r) not in used and (r.path != '.*' or not found)]
+  used = [r for r in recipe if any(r is rule for rule in chosen.values())]
+  # A named recipe has rules for kinds of layers that a model may lack: one of them must take effect.
+  served = lambda r: any(r is u or (r.path == u.path and r.kind != u.kind) for u in used)
+  unused = [r.path for r in recipe if not served(r) and (r.path != '.*' or not found)]
   shadowed = [p for p in unused if any(re.fullmatch(p, s.path) for s in found)]
   paths = [s.path for s in found]
   if shadowed:
