@@ -28,6 +28,9 @@ class Watch(nnx.Module):
     self.observation.set_value(self.observer.update(self.observation.get_value(), rows, self.block))
     return x
 
+  def saw_any(self):
+    return np.isfinite(observers.lowest(self.observation.get_value()))
+
 
 def calibrate(model, batches, apply=None):
   """A copy of `model` whose activation quantizers have their ranges.
@@ -54,8 +57,11 @@ def calibrate(model, batches, apply=None):
   watched.eval()
   _pass_batches(watched, batches, apply or (lambda m, batch: m(batch)))
   for path, holder, slot in waiting:
-    watching = _same_place(watched, model, path, holder)
-    setattr(holder, slot, _fitted(getattr(holder, slot), getattr(watching, slot), f'{path}.{slot}'))
+    watch = getattr(_same_place(watched, model, path, holder), slot)
+    if slot == 'input' and not watch.saw_any() and isinstance(quantized.layers(model)[path], nnx.Embed):
+      holder.input = None  # It was looked up, and is no head.
+    else:
+      setattr(holder, slot, _fitted(getattr(holder, slot), watch, f'{path}.{slot}'))
   return model
 
 
@@ -112,7 +118,7 @@ def _fitted(quantizer, watch, place):
   """`quantizer`, with the range that `watch` saw."""
   state = watch.observation.get_value()
   low = np.asarray(observers.lowest(state))
-  if not np.isfinite(low):
+  if not watch.saw_any():
     raise ValueError(f"'{place}' was not reached by any calibration batch, or saw numbers that are not finite "
                      f'(least seen: {low}). Check the batches, or leave the layer in floats by a rule.')
   unsigned = getattr(quantizer, 'unsigned', None)
