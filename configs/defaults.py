@@ -33,7 +33,8 @@ def _as(kind, name, value):
   try:
     return kind(value)
   except ValueError as error:
-    raise ValueError(f'Config argument {name}={value!r} is no {kind.__name__}. Write {name}=<{kind.__name__}>.') from error
+    raise ValueError(
+        f'Config argument {name}={value!r} is no {kind.__name__}. Write {name}=<{kind.__name__}>.') from error
 
 
 def base():

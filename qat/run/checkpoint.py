@@ -91,8 +91,9 @@ def restore(workdir, like):
       print(f'WARNING: going on from the checkpoint of step {step} in place of {damaged[0]}.', file=sys.stderr)
     return restored
   if damaged:
-    raise ValueError(f'Every checkpoint of {str(workdir)!r} is damaged: steps {sorted(damaged)}. They were moved to '
-                     f'{pathlib.Path(workdir) / "damaged"}. Restore the folder from a copy, or start again in another --workdir.')
+    raise ValueError(f'Every checkpoint of {str(workdir)!r} is damaged: steps {sorted(damaged)}. They were moved '
+                     f'to {pathlib.Path(workdir) / "damaged"}. Restore the folder from a copy, or start again in '
+                     'another --workdir.')
   return None
 
 
@@ -127,7 +128,8 @@ def read(workdir, step, like):
     ValueError: it is whole, and of another model.
   """
   if extra := sorted(set(about(workdir, step)['checksums']) - set(flatten(like))):
-    raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: it has {extra[:4]} besides. {ANOTHER}')
+    raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: it has {extra[:4]} besides. '
+                     f'{ANOTHER}')
   return read_part(workdir, step, like)
 
 
@@ -143,8 +145,8 @@ def read_part(workdir, step, like):
       raise Damaged(f'array {name!r} has another checksum than when it was written')
     shape = jax.random.key_data(x).shape if _is_key(x) else x.shape
     if array.shape != shape:
-      raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: {name} is {array.shape} there '
-                       f'and {shape} here. {ANOTHER}')
+      raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: {name} is {array.shape} '
+                       f'there and {shape} here. {ANOTHER}')
     leaves.append(_like(array, x))
   return jax.tree.unflatten(jax.tree.structure(like), leaves), facts
 

@@ -51,7 +51,8 @@ def run(program, *argv):
 
 def usage():
   """What can be run."""
-  lines = [__doc__.splitlines()[0], '', 'qat <program> --config configs/<file>.py[:arg] --workdir <dir> [--config.<leaf>=<value>]', '']
+  lines = [__doc__.splitlines()[0], '',
+           'qat <program> --config configs/<file>.py[:arg] --workdir <dir> [--config.<leaf>=<value>]', '']
   for program in PROGRAMS:
     doc = importlib.import_module(f'qat.run.{program}').__doc__
     lines.append(f'  {program:<12}{doc.splitlines()[0]}')

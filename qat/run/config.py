@@ -68,7 +68,8 @@ def build(source):
   path = pathlib.Path(path)
   if not path.is_file():
     there = sorted(map(str, path.parent.glob('*.py'))) or sorted(map(str, pathlib.Path('configs').glob('*.py')))
-    raise ValueError(f'Config file {str(path)!r} does not exist. {names.suggest(path, there) if there else "Check the path."}')
+    hint = names.suggest(path, there) if there else 'Check the path.'
+    raise ValueError(f'Config file {str(path)!r} does not exist. {hint}')
   root = str(path.resolve().parents[1])
   if root not in sys.path:  # Configs say `from configs import defaults`.
     sys.path.insert(0, root)

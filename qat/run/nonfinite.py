@@ -4,6 +4,8 @@ A slow, eager pass over the very state and batch of the failing step: parameters
 outputs of each module in the order in which they were called, then gradients.
 """
 
+import math
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from qat.run import state as states
 
 
 class Probe(nnx.Module):
-  """Stands in for a module and notes whether what it puts out is finite."""
+  """Stands in for a module and notes the largest number that it puts out."""
 
   def __init__(self, inner, path, seen):
     self.inner, self.path, self.seen = inner, path, nnx.static(seen)
@@ -23,17 +25,23 @@ class Probe(nnx.Module):
     y = self.inner(*args, **kwargs)
     # Inside scan and vmap there is no number to look at: the module around it is named instead.
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(y)):
-      self.seen.append((self.path, is_finite(y)))
+      self.seen.append((self.path, largest(y)))
     return y
 
   def __getattr__(self, name):
     return getattr(object.__getattribute__(self, 'inner'), name)
 
 
+def largest(tree):
+  """The largest magnitude in a pytree of arrays: NaN or infinite if one number is."""
+  arrays = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+  return float(max((jnp.abs(x.astype(jnp.float32)).max() for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)),
+                   key=lambda m: math.inf if jnp.isnan(m) else m, default=0.0))
+
+
 def is_finite(tree):
   """Whether every number in a pytree of arrays is finite."""
-  arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return all(bool(jnp.isfinite(x).all()) for x in arrays)
+  return all(math.isfinite(largest(x)) for x in jax.tree.leaves(tree))
 
 
 def probed(model, seen):
@@ -43,7 +51,7 @@ def probed(model, seen):
     if 'quantizers' in path:  # They are part of their layer, which is the one to name.
       continue
     for name, child in list(nnx.iter_children(parent)):
-      if callable(child) and name != 'quantizers':
+      if isinstance(child, nnx.Module) and callable(child) and name != 'quantizers':
         probe = Probe(child, '/'.join(map(str, (*path, name))), seen)
         if isinstance(parent, nnx.List):
           parent[name] = probe
@@ -57,27 +65,31 @@ def culprit(skeleton, objective, state, batch):
   for path, x in state.params.items():
     if not is_finite(x):
       return f'the parameter {path!r}'
-  if not is_finite(batch):
-    bad = [name for name, x in batch.items() if not is_finite(jnp.asarray(x))]
-    return f"the batch's {bad[0]!r}, and so the first layer {first_layer(skeleton, objective, state, batch)!r}"
-  if path := first_layer(skeleton, objective, state, batch):
-    return f'the output of layer {path!r}'
+  outputs = layer_outputs(skeleton, objective, state, batch)
+  first = next((path for path, size in outputs if not math.isfinite(size)), None)
+  for name, x in batch.items():
+    if not is_finite(x):
+      return f"the batch's {name!r}, and so the output of layer {first!r}"
+  if first is not None:
+    return f'the output of layer {first!r}'
   gradients, values, _ = states.gradient(skeleton, objective, state, batch)
   for path, x in reversed(gradients.items()):  # Backward order: nearest to the loss first.
     if not is_finite(x):
       return f'the gradient of {path!r}'
+  sizes = dict(outputs) if not is_finite(values['loss']) else {path: largest(x) for path, x in gradients.items()}
+  path = max(sizes, key=sizes.get)
   if not is_finite(values['loss']):
-    return 'the loss, while every layer was finite'
-  return 'the norm of the gradient, while every gradient was finite: it overflows float32'
+    return f'the loss (every layer was finite; the largest output, {sizes[path]:.3g}, is that of layer {path!r})'
+  return f'the norm of the gradient (every gradient was finite; the largest, {sizes[path]:.3g}, is that of {path!r})'
 
 
-def first_layer(skeleton, objective, state, batch):
-  """The path of the first module called whose output is not finite, or None."""
+def layer_outputs(skeleton, objective, state, batch):
+  """[(path of a module, the largest magnitude in its output)], in the order of the calls."""
   seen = []
   model = skeleton.join(state.params, state.rest)
   model.train()
   probed(model, seen)(objective.inputs(batch))
-  return next((path for path, finite in seen if not finite), None)
+  return seen
 
 
 def stop(skeleton, objective, state, batch, workdir):
@@ -88,5 +100,6 @@ def stop(skeleton, objective, state, batch, workdir):
   np.savez(path, **{k: np.asarray(v) for k, v in arrays.items()})
   what = culprit(skeleton, objective, state, batch)
   raise errors.NonFinite(
-      f'Step {step}: {what} is not finite (NaN or infinite). Training stopped before the step took effect; '
-      f'its parameters and batch are in {path}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at that layer.')
+      f'Step {step}: {what} is not finite (NaN or infinite). Training stopped before the step took effect; its '
+      f'parameters and batch are in {path}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at '
+      'that layer.')

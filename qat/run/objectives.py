@@ -5,7 +5,7 @@ Config names them: `config.objective = 'classification'`.
 
 import dataclasses
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax

@@ -60,7 +60,8 @@ class Lines:
     now = time.monotonic()
     if now - self.said >= self.every_seconds or step == self.total_steps:
       self.said = now
-      self.say(f'step {step}/{self.total_steps}  {_text(self.values)}  {eta(now - self.began, step - self.first, self.total_steps - step)} left')
+      left = eta(now - self.began, step - self.first, self.total_steps - step)
+      self.say(f'step {step}/{self.total_steps}  {_text(self.values)}  {left} left')
 
   def say(self, text):
     print(text, flush=True)

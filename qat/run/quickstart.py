@@ -127,7 +127,9 @@ def row(name, runs, models, start):
   scorer, about = runs[0].scorer, explain.explain(models[0])
   is_quantized = bool(explain.quantized_weights(models[0]))
   served = [transform.freeze(m) for m in models] if is_quantized else models
-  same = all(scorer.differences(m, f)['frozen_equals_trained'] for m, f in zip(models, served)) if is_quantized else None
+  same = None
+  if is_quantized:
+    same = all(scorer.differences(m, f)['frozen_equals_trained'] for m, f in zip(models, served))
   accuracies = tuple(scorer(m)['accuracy'] for m in served)
   return Row(name, accuracies, about.bits_per_weight, about.size_bytes, same, time.monotonic() - start)
 

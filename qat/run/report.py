@@ -16,9 +16,11 @@ from qat.run import metrics
 from qat.run import plots
 
 STYLE = '''
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f3044; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f3044; background: white; }
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.9em; } td, th { padding: 0.25em 0.8em; text-align: left; border-bottom: 1px solid #dde5ee; }
+table { border-collapse: collapse; font-size: 0.9em; }
+td, th { padding: 0.25em 0.8em; text-align: left; border-bottom: 1px solid #dde5ee; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f4f7fa; padding: 1em; overflow-x: auto; font-size: 0.85em; }
 '''
@@ -48,7 +50,8 @@ def write(workdir, result, model):
               'Learning curves': plots.curves(metrics.read(workdir)),
               **layers(model),
               'Provenance': provenance(result)}
-  name = f'{result["config"]["model"]["name"]} on {result["config"]["data"]["name"]}, {recipe_name(result["config"]["recipe"])}'
+  config = result['config']
+  name = f'{config["model"]["name"]} on {config["data"]["name"]}, {recipe_name(config["recipe"])}'
   return write_page(workdir, f'{name}: {line(result)}', sections)
 
 
@@ -63,7 +66,8 @@ def layers(model):
   head = ('layer', 'kind', 'shape', 'weight', 'input', 'bits', 'bytes', 'note')
   rows = [(r.path, r.kind, 'x'.join(map(str, r.shape)), r.weight, r.input, r.bits_per_weight, r.size_bytes, r.note)
           for r in about.rows]
-  total = f'<p>{about.size_bytes:,.0f} bytes in all; {about.bits_per_weight:.3f} bits a quantized weight, scales included.</p>'
+  total = (f'<p>{about.size_bytes:,.0f} bytes in all; {about.bits_per_weight:.3f} bits a quantized weight, '
+           'scales included.</p>')
   sections = {'Layers': table(head, rows) + total}
   if weights := explain.quantized_weights(model):
     sections |= {'SQNR': plots.sqnr(weights), 'Weights and the levels of their grid': plots.histograms(weights)}
@@ -73,9 +77,9 @@ def layers(model):
 def write_page(workdir, title, sections):
   """Writes {heading: HTML} as workdir/report.html."""
   body = ''.join(f'<h2>{html.escape(heading)}</h2>\n{content}\n' for heading, content in sections.items())
-  path = workdir / 'report.html'
-  metrics.write(path, f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                      f'<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n')
+  path, title = workdir / 'report.html', html.escape(title)
+  head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+  metrics.write(path, f'<!doctype html>\n<html lang="en">{head}\n<body><h1>{title}</h1>\n{body}</body></html>\n')
   return path
 
 

@@ -16,7 +16,8 @@ from qat.run import state as states
 
 def a_state(seed):
   """A state with an optimizer, a bfloat16 array and a random key."""
-  params = {'layers/0/kernel': jax.random.normal(jax.random.key(seed), (3, 4)), 'scale': jnp.ones(3, jnp.bfloat16) * seed}
+  kernel = jax.random.normal(jax.random.key(seed), (3, 4))
+  params = {'layers/0/kernel': kernel, 'scale': jnp.ones(3, jnp.bfloat16) * seed}
   rest = {'rngs/key': jax.random.key(seed + 100)}
   state = states.new(params, rest, optax.adam(0.1))
   return dataclasses.replace(state, step=jnp.int32(seed))

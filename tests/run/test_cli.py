@@ -35,8 +35,10 @@ def test_a_run_leaves_its_files_and_can_be_evaluated(tmp_path, capfd):
   result = json.loads((tmp_path / 'result.json').read_text())
   assert result['steps'] == 4 and result['seed'] == 0
   assert result['config']['model']['name'] == 'mlp.MLP'
-  assert set(result) >= {'metrics', 'commit', 'versions', 'device', 'wall_seconds', 'peak_memory_bytes', 'bits_per_weight'}
-  steps = [(line['step'], line['split']) for line in map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())]
+  assert set(result) >= {'metrics', 'commit', 'versions', 'device', 'wall_seconds', 'peak_memory_bytes',
+                         'bits_per_weight', 'size_bytes'}
+  lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
+  steps = [(line['step'], line['split']) for line in lines]
   assert steps == [(1, 'train'), (2, 'train'), (3, 'train'), (4, 'train'), (4, 'test')]
   assert cli.main(['evaluate', f'--workdir={tmp_path}']) == 0
   said = capfd.readouterr().out

