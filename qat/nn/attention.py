@@ -1,6 +1,7 @@
 """Attention whose operands are quantized: queries, keys, values and probabilities."""
 
 from flax import nnx
+from flax.nnx.nn import dtypes
 from flax.nnx.nn.attention import dot_product_attention_weights
 import jax.numpy as jnp
 
@@ -18,7 +19,13 @@ class Scores(nnx.Module):
       query: [*batch, t, heads, d].
       key, value: [*batch, s, kv_heads, d]; kv_heads divides heads.
     """
+    promote = settings.get('promote_dtype', dtypes.promote_dtype)
+    query, key, value = promote((query, key, value), dtype=settings.get('dtype'))
     share = query.shape[-2] // key.shape[-2]
     key, value = (jnp.repeat(a, share, axis=-2) for a in (self.key(key), self.value(value)))
     weights = dot_product_attention_weights(self.query(query), key, bias, mask, **settings)
-    return jnp.einsum('...hqk,...khd->...qhd', self.probabilities(weights), value)
+    return jnp.einsum('...hqk,...khd->...qhd', self.probabilities(weights), value, precision=settings.get('precision'))
+
+  def advance(self):
+    for quantizer in (self.query, self.key, self.value, self.probabilities):
+      quantizer.advance()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat.core import observers, qarray
-from qat.nn import layouts, quantized, transform
+from qat.nn import layouts, quantized, rules, transform
 
 
 class Observation(nnx.Variable):
@@ -27,6 +27,9 @@ class Watch(nnx.Module):
     rows = x.reshape(-1, x.shape[-1])
     self.observation.set_value(self.observer.update(self.observation.get_value(), rows, self.block))
     return x
+
+  def advance(self):
+    """Draws nothing at random."""
 
   def saw_any(self):
     return np.isfinite(observers.lowest(self.observation.get_value()))
@@ -99,19 +102,24 @@ def _watch(quantizer, layer, slot):
     raise ValueError(f'{type(quantizer).__name__}({quantizer.spec}) is calibrated: a range that is fixed before the '
                      'numbers are known has the block (...,), or (..., 1) for one a channel. '
                      'Use one of these, or STE, which fits each array anew.')
-  site = next((s for s in vars(layer)['quantizers'].weights.values()), None)
-  lead, channels = (), 1
+  channels = _channels(layer, slot) if block == (..., 1) else 1
+  return Watch(quantizer.observer, block, channels, vars(layer)['quantizers'].lead)
+
+
+def _channels(layer, slot):
+  """The length of the last axis of a layer's input, as a product reads it, or of its output."""
   kind = layouts.layer_type(layer)
-  if kind:
-    layout = site.layout if site else layouts.LAYERS[kind][1](layer)
-    variable = vars(layer)[layouts.LAYERS[kind][0]].get_value()
-    matrix = variable.shape if isinstance(variable, qarray.QArray) else layout.to_matrix(variable).shape
-    lead = matrix[:len(matrix) - 2 - len(layout.batch)]
-    axes = layout.outputs if slot == 'output' else layout.inputs
-    channels = math.prod(layout.shape[a] for a in axes)
-    if kind in (nnx.Conv, nnx.ConvTranspose) and slot == 'input':
-      channels = layout.shape[axes[-1]] * layer.feature_group_count if kind is nnx.Conv else layout.shape[axes[-1]]
-  return Watch(quantizer.observer, block, channels if block == (..., 1) else 1, tuple(lead))
+  if kind is None or slot not in ('input', 'output'):
+    raise ValueError(f"'{slot}' of {type(layer).__name__} was given one range a channel: that is for the inputs and "
+                     'outputs of layers with a weight. Use the block (...,).')
+  if kind is nnx.Embed:
+    return layer.features
+  layout = rules.Site('', layer, layouts.LAYERS[kind][0], '').layout
+  if slot == 'output':
+    return layout.shape[layout.outputs[-1]]
+  if kind is nnx.Conv:
+    return layer.in_features
+  return layout.shape[layout.inputs[-1]] if kind is nnx.ConvTranspose else math.prod(layout.shape[a] for a in layout.inputs)
 
 
 def _fitted(quantizer, watch, place):

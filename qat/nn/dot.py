@@ -31,6 +31,14 @@ def rows(x, contract, batch):
   return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
 
 
+def unrows(x, shape, contract, batch):
+  """The inverse of `rows`, for an array of `shape`."""
+  contract, batch = (tuple(a % len(shape) for a in axes) for axes in (contract, batch))
+  order = batch + tuple(a for a in range(len(shape)) if a not in contract + batch) + contract
+  x = x.reshape([shape[a] for a in order])
+  return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
+
+
 @jax.custom_jvp
 def integer_product(x_hat, w_hat, x, w):
   """The product of two integer QArrays, with the gradient of x_hat @ w_hat."""
@@ -52,69 +60,70 @@ def float_product(x, w):
   return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def product(quantizer, x, weight, variable):
+def product(quantizers, x, w, weight, variable):
   """x @ w for an input in the form of `rows` and a quantized weight.
 
   Args:
-    quantizer: the input's.
+    quantizers: the layer's.
     x: float[*batch, *rows, k].
+    w: the weight as the layer read it, on its grid and in its own shape.
     weight: the weights.Weight of the layer, and `variable` what it reads.
 
   Returns:
-    [*batch, *rows, n] in the dtype of x, and exact sums of codes if the grids are integers; else None.
+    f32[*batch, *rows, *outputs], from exact sums of codes, if both grids are integers; else None.
   """
-  if not isinstance(quantizer, base.Quantizer):  # It only watches, for calibration.
+  if not isinstance(quantizers.input, base.Quantizer):  # It only watches, for calibration.
     return None
-  x_codes, w_codes = quantizer.encode(x), weight.encode(variable)
+  x_hat, x_codes = quantizers.place(x, quantizers.input.both)
+  w_codes = weight.encode(variable)
   if not (integer.fits(x_codes, -1) and integer.fits(w_codes, -2)):
     return None
-  w_hat = weight.layout.to_matrix(weight.decode(variable))
-  y = integer_product(quantizer(x), w_hat.astype(x.dtype), x_codes, w_codes)
-  return qarray.cast(y, x.dtype)
+  y = integer_product(x_hat, weight.layout.to_matrix(w), x_codes, w_codes)
+  outputs = (weight.layout.shape[a] for a in weight.layout.outputs)
+  return y.reshape(*y.shape[:-1], *outputs)
 
 
-def dot_general(original, quantizer, weight, variable):
+def dot_general(original, quantizers, weight, variable):
   """A `dot_general` for nnx.Linear and nnx.LinearGeneral that quantizes its input."""
 
   def dot(x, w, dims, **settings):
-    (contract, _), (batch, _) = dims
+    (contract, w_contract), (batch, w_batch) = dims
     canonical = rows(x, contract, batch)
-    if original in (None, jax.lax.dot_general) and weight is not None:
-      y = product(quantizer, canonical, weight, variable)
+    if original in (None, jax.lax.dot_general) and _sums_inputs(weight, w_contract, w_batch):
+      y = product(quantizers, canonical, w, weight, variable)
       if y is not None:
-        outputs = tuple(weight.layout.shape[a] for a in weight.layout.outputs)
-        return y.reshape(*y.shape[:-1], *outputs)
-    x_hat = unrows(quantizer(canonical), x.shape, contract, batch)
+        return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
+    x_hat = unrows(quantizers.place(canonical, quantizers.input), x.shape, contract, batch)
     return (original or jax.lax.dot_general)(x_hat, w, dims, **settings)
 
   return dot
 
 
-def einsum(original, quantizer, weight, variable):
+def einsum(original, quantizers, weight, variable):
   """An `einsum_op` for nnx.Einsum that quantizes its input."""
 
   def op(equation, x, w, **settings):
-    (a, b), c = layouts.split_einsum(equation)
-    contract = tuple(i for i, letter in enumerate(a) if letter in b and letter not in c)
-    batch = tuple(i for i, letter in enumerate(a) if letter in b and letter in c)
-    # The weight's matrix has its own order of these letters: follow it.
-    contract, batch = (tuple(sorted(axes, key=lambda i: b.index(a[i]))) for axes in (contract, batch))
+    (a, b), c = layouts.split_einsum(equation, w.shape, x.ndim)
+    # The weight's matrix has its own order of the letters that both have: follow it.
+    w_contract, w_batch = ([i for i, letter in enumerate(b) if letter in a and (letter in c) == kept]
+                           for kept in (False, True))
+    contract, batch = (tuple(a.index(b[i]) for i in axes) for axes in (w_contract, w_batch))
     canonical = rows(x, contract, batch)
-    if original is jnp.einsum and weight is not None:
-      y = product(quantizer, canonical, weight, variable)
+    free = [letter for letter in a if letter not in b]
+    outputs = [letter for letter in b if letter not in a]
+    plain = len(set(a)) == len(a) and len(set(b)) == len(b) and set(free + outputs) <= set(c)
+    if original is jnp.einsum and plain and _sums_inputs(weight, w_contract, w_batch):
+      y = product(quantizers, canonical, w, weight, variable)
       if y is not None:
-        free = [letter for letter in a if letter not in b]
-        letters = [a[i] for i in batch] + free + [letter for letter in b if letter not in a]
-        y = y.reshape(*y.shape[:-1], *(w.shape[b.index(l)] for l in b if l not in a))
-        return jnp.transpose(y, [letters.index(letter) for letter in c])
-    return original(equation, unrows(quantizer(canonical), x.shape, contract, batch), w, **settings)
+        letters = [b[i] for i in w_batch] + free + outputs
+        y = jnp.transpose(y, [letters.index(letter) for letter in c])
+        return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
+    x_hat = unrows(quantizers.place(canonical, quantizers.input), x.shape, contract, batch)
+    return original(equation, x_hat, w, **settings)
 
   return op
 
 
-def unrows(x, shape, contract, batch):
-  """The inverse of `rows`, for an array of `shape`."""
-  contract, batch = (tuple(a % len(shape) for a in axes) for axes in (contract, batch))
-  order = batch + tuple(a for a in range(len(shape)) if a not in contract + batch) + contract
-  x = x.reshape([shape[a] for a in order])
-  return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
+def _sums_inputs(weight, contract, batch):
+  """Whether a product sums over the axes that `weight` was quantized along: a shared one may not."""
+  return weight is not None and (tuple(contract), tuple(batch)) == (weight.layout.inputs, weight.layout.batch)

@@ -7,6 +7,7 @@ those on which nnx.vmap or nnx.scan stacked layers.
 
 import dataclasses
 import math
+import string
 
 from flax import nnx
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ class Layout:
   def to_matrix(self, w):
     """[*stack, *shape] -> [*stack, *batch, in, out]."""
     stack = w.ndim - len(self.shape)
+    if stack < 0:
+      raise ValueError(f'A weight of shape {w.shape} is read where matrices of shape {self.shape} were quantized: '
+                       'it is one of a stack of vectors, a gain or a bias. Leave its path in floats by a rule.')
     order = self.batch + self.inputs + self.outputs
     w = jnp.transpose(w, (*range(stack), *(stack + a for a in order)))
     return w.reshape(*w.shape[:stack + len(self.batch)], self._size(self.inputs), self._size(self.outputs))
@@ -46,52 +50,64 @@ def of_kernel(inputs, outputs, shape, batch=0):
 
 
 def linear(layer):
-  return of_kernel(1, 1, _shape(layer.kernel))
+  return of_kernel(1, 1, _shape(layer, 'kernel'))
 
 
 def linear_general(layer):
   batch = len(layer.batch_axis)
-  return of_kernel(len(layer.axis), len(layer.out_features), _shape(layer.kernel), batch)
+  return of_kernel(len(layer.axis), len(layer.out_features), _shape(layer, 'kernel'), batch)
 
 
 def conv(layer):
-  return of_kernel(len(layer.kernel_size) + 1, 1, _shape(layer.kernel))
+  return of_kernel(len(layer.kernel_size) + 1, 1, _shape(layer, 'kernel'))
 
 
 def conv_transpose(layer):
   spatial = tuple(range(len(layer.kernel_size)))
   i, o = (len(spatial) + 1, len(spatial)) if layer.transpose_kernel else (len(spatial), len(spatial) + 1)
-  return Layout((*spatial, i), (o,), _shape(layer.kernel)[-len(spatial) - 2:])
+  return Layout((*spatial, i), (o,), _shape(layer, 'kernel')[-len(spatial) - 2:])
 
 
 def embed(layer):
   """Features are the inputs and words the outputs: of a tied head, and a scale a word either way."""
-  return Layout((1,), (0,), _shape(layer.embedding)[-2:])
+  return Layout((1,), (0,), _shape(layer, 'embedding')[-2:])
 
 
 def einsum(layer):
   """By the letters: shared ones that vanish are inputs, own ones outputs, kept shared ones batch."""
-  if layer.einsum_str is None:
-    return bare(layer.kernel)
-  (x, w), y = split_einsum(layer.einsum_str)
+  shape = tuple(layer.kernel_shape)
+  (x, w), y = split_einsum(layer.einsum_str, shape)
   axes = lambda keep: tuple(a for a, letter in enumerate(w) if keep(letter))
   return Layout(axes(lambda c: c in x and c not in y), axes(lambda c: c not in x),
-                _shape(layer.kernel)[-len(w):], axes(lambda c: c in x and c in y))
+                shape, axes(lambda c: c in x and c in y))
 
 
-def split_einsum(equation):
-  """'btd,dh->bth' -> (['btd', 'dh'], 'bth')."""
+def split_einsum(equation, w_shape, x_ndim=None):
+  """The letters of an equation of two operands, with letters of their own for the axes of '...'.
+
+  >>> split_einsum('...d,dh->...h', (3, 4), x_ndim=3)
+  (['ABd', 'dh'], 'ABh')
+  """
   operands, result = equation.replace(' ', '').split('->')
-  return operands.split(','), result
+  x, w = operands.split(',')
+  named = len(w.replace('...', ''))
+  hidden = len(w_shape) - named if '...' in w else 0
+  if '...' in x and x_ndim is not None:
+    hidden = max(hidden, x_ndim - len(x.replace('...', '')))
+  letters = ''.join(c for c in string.ascii_uppercase + string.ascii_lowercase if c not in equation)[:hidden]
+  # Axes of '...' are aligned at the right.
+  of = lambda operand, count: operand.replace('...', letters[hidden - count:])
+  x_count = hidden if x_ndim is None else x_ndim - len(x.replace('...', ''))
+  return [of(x, x_count), of(w, len(w_shape) - named)], of(result, hidden)
 
 
 def bare(param):
   """A Param that the model multiplies by itself: [*lead, in, out]."""
-  return of_kernel(1, 1, _shape(param))
+  return of_kernel(1, 1, tuple(param.get_value().shape))
 
 
-def _shape(variable):
-  return tuple(variable.get_value().shape)
+def _shape(layer, name):
+  return tuple(vars(layer)[name].get_value().shape)  # Not layer.name, which a quantized layer would encode.
 
 
 # Each layer's weight: the attribute, and its layout.

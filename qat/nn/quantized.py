@@ -8,12 +8,13 @@ variables under `quantizers/`. Nothing is patched: a class is made for each laye
 """
 
 import functools
+import inspect
 
 from flax import nnx
 import jax.numpy as jnp
 
+from qat.core import qarray
 from qat.nn import dot, weights
-from qat.quantizers import base, dorefa
 
 
 class Quantizers(nnx.Module):
@@ -21,61 +22,110 @@ class Quantizers(nnx.Module):
 
   Attributes:
     path: the layer's path, for messages.
+    lead: the axes on which nnx.vmap or nnx.scan stacked the layer.
     weights: parameter name -> weights.Weight.
     input, output, gradient: a quantizer, or None for floats.
     scores: attention.Scores, or None.
   """
 
-  def __init__(self, path):
-    self.path = path
+  def __init__(self, path, lead):
+    self.path, self.lead = path, lead
     self.weights = nnx.Dict()
     self.input, self.output, self.gradient, self.scores = (nnx.data(None) for _ in range(4))
 
+  def place(self, x, quantizer):
+    """quantizer(x) for the layer's input, whose errors name the layer."""
+    try:
+      return quantizer(x)
+    except ValueError as e:
+      raise ValueError(f"Layer '{self.path}', called on an input of shape {x.shape}: {e}") from e
 
-def read(quantizers, attributes, name, value):
-  """What a layer sees in place of its attribute `name`, whose float value is `value`."""
-  if name in vars(quantizers.weights):
-    return vars(quantizers.weights)[name].see(value)
-  return READS[name](quantizers, attributes, value) if name in READS else value
+  def see(self, name, variable):
+    """The weight `name` on its grid."""
+    try:
+      return vars(self.weights)[name].see(variable)
+    except ValueError as e:
+      raise ValueError(f"'{name}' of layer '{self.path}': {e}") from e
+
+  def advance(self):
+    """Goes on to the next random draws."""
+    for q in (*self.weights.values(), self.input, self.output, self.gradient, self.scores):
+      if q is not None:
+        q.advance()
 
 
 def call(quantizers, forward, args, kwargs, input_at_call):
   """The layer's forward between its input and its output quantizers."""
   q = quantizers
-  if q.input is not None and input_at_call and jnp.issubdtype(jnp.result_type(args[0]), jnp.floating):
-    args = (q.input(args[0]), *args[1:])
+  if q.input is not None and input_at_call:
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    name, x = next(iter(bound.arguments.items()))
+    bound.arguments[name] = q.place(_as_float(x), q.input)
+    args, kwargs = bound.args, bound.kwargs
   y = forward(*args, **kwargs)
   y = y if q.output is None else q.output(y)
   y = y if q.gradient is None else q.gradient(y)
-  for quantizer in (*q.weights.values(), q.input, q.output, q.gradient):
-    if isinstance(quantizer, (base.Quantizer, weights.Weight, dorefa.DoReFaGradient)):
-      quantizer.advance()
+  q.advance()
   return y
 
 
+def _as_float(x):
+  """Whole numbers, such as pixels, as the floats that a layer makes of them."""
+  return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+def attend(layer, float_attend, query, *args, **kwargs):
+  """nnx.Embed.attend, for a tied head: its query is an input."""
+  q, variable = vars(layer)['quantizers'], vars(layer)['embedding']
+  if q.input is None:
+    return float_attend(layer, query, *args, **kwargs)
+  weight = vars(q.weights).get('embedding')
+  query, w = layer.promote_dtype((query, layer.embedding[...]), dtype=layer.dtype)
+  if weight is not None and float_attend is nnx.Embed.attend:
+    y = dot.product(q, query, w, weight, variable)
+    if y is not None:
+      return qarray.cast(y, query.dtype)
+  return float_attend(layer, q.place(query, q.input), *args, **kwargs)
+
+
 def _product(make):
-  def read_product(quantizers, attributes, value):
-    weight = vars(quantizers.weights).get('kernel')
+  def read(quantizers, attributes, value):
     if quantizers.input is None:
       return value
-    return make(value, quantizers.input, weight, attributes['kernel'])
-  return read_product
+    if attributes.get('dot_general_cls') is not None:
+      value = attributes['dot_general_cls']()
+    return make(value, quantizers, vars(quantizers.weights).get('kernel'), attributes['kernel'])
+  return read
+
+
+def _no_class(quantizers, attributes, value):
+  return value if quantizers.input is None else None  # Or the layer would not read its dot_general.
 
 
 def _attention(quantizers, attributes, value):
-  del attributes
   return value if quantizers.scores is None else quantizers.scores
 
 
 # What stands for an attribute, given the layer's quantizers, its attributes, and the float value.
-READS = {'dot_general': _product(dot.dot_general), 'einsum_op': _product(dot.einsum), 'attention_fn': _attention}
+READS = {'dot_general': _product(dot.dot_general), 'dot_general_cls': _no_class, 'einsum_op': _product(dot.einsum),
+         'attention_fn': _attention}
 # Layers that quantize their input in the product; all others at the door.
 PRODUCTS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+
+def _input_at_call(cls):
+  """Whether a layer's input is quantized at the door: it is no lookup, and its product is out of reach."""
+  if not issubclass(cls, PRODUCTS):
+    return not issubclass(cls, nnx.Embed)
+  # A subclass may have a forward of its own, which never reaches its layer's product.
+  reached = set(inspect.unwrap(cls.__call__).__code__.co_names)
+  return not reached & {'dot_general', 'einsum_op', '__call__'}
 
 
 @functools.cache
 def quantized_type(cls):
   """The subclass of a module class whose instances have quantizers. The classes share one layout."""
+  input_at_call = _input_at_call(cls)
 
   class Layer(cls):
 
@@ -84,31 +134,36 @@ def quantized_type(cls):
       if name.startswith('_') or name not in vars(self):
         return value
       quantizers = vars(self).get('quantizers')
-      return value if quantizers is None else read(quantizers, vars(self), name, value)
+      if quantizers is None:
+        return value
+      if name in vars(quantizers.weights):
+        return quantizers.see(name, value)
+      return READS[name](quantizers, vars(self), value) if name in READS else value
 
     def __call__(self, *args, **kwargs):
-      return call(vars(self)['quantizers'], super().__call__, args, kwargs, not issubclass(cls, PRODUCTS))
+      return call(vars(self)['quantizers'], super().__call__, args, kwargs, input_at_call)
 
-  if issubclass(cls, nnx.Embed):  # Looked up by whole numbers; as a head it has an input.
-    Layer.attend = lambda self, query: cls.attend(self, quantized_query(vars(self)['quantizers'], query))
+  if issubclass(cls, nnx.Embed):
+    Layer.attend = lambda self, *args, **kwargs: attend(self, cls.attend, *args, **kwargs)
+  if issubclass(cls, nnx.Dict):  # Its keys are its attributes.
+    Layer.__iter__ = lambda self: (key for key in cls.__iter__(self) if key != 'quantizers')
   Layer.__name__ = Layer.__qualname__ = f'Quantized{cls.__name__}'
   Layer.float_class = cls
   return Layer
-
-
-def quantized_query(quantizers, query):
-  return query if quantizers.input is None else quantizers.input(query)
 
 
 def is_quantized(module):
   return 'quantizers' in vars(module) and hasattr(type(module), 'float_class')
 
 
-def attach(module, path):
+def attach(module, path, lead=()):
   """Makes `module`, in place, an instance of its quantized type; returns its Quantizers."""
   if not is_quantized(module):
+    if hasattr(module, 'quantizers'):
+      raise ValueError(f"'{path}', a {type(module).__name__}, has an attribute 'quantizers' of its own, where its "
+                       'quantizers would go. Rename it, or leave its path in floats by a rule.')
     module.__class__ = quantized_type(type(module))
-    module.quantizers = Quantizers(path)
+    module.quantizers = Quantizers(path, lead)
   return vars(module)['quantizers']
 
 

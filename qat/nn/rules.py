@@ -5,8 +5,9 @@ import difflib
 import re
 
 from flax import nnx
+import jax.numpy as jnp
 
-from qat.nn import layouts, quantized
+from qat.nn import layouts, quantized, weights
 from qat.quantizers import base
 
 
@@ -55,10 +56,23 @@ class Site:
   @property
   def layout(self):
     """Its weight's Layout."""
+    quantizers = vars(self.module).get('quantizers')
+    if quantizers is not None and self.name in vars(quantizers.weights):
+      return vars(quantizers.weights)[self.name].layout
     layer = layouts.layer_type(self.module)
     if layer and layouts.LAYERS[layer][0] == self.name:
       return layouts.LAYERS[layer][1](self.module)
     return layouts.bare(self.variable)
+
+  @property
+  def lead(self):
+    """The axes on which nnx.vmap or nnx.scan stacked the layer."""
+    if self.name is None:  # As its projections.
+      return next((s.lead for s in sites(self.module) if s.kind not in ('Param', 'Attention')), ())
+    shape, layout = self.variable.get_value().shape, self.layout
+    if isinstance(self.variable, weights.Codes):
+      return tuple(shape[:len(shape) - 2 - len(layout.batch)])
+    return tuple(shape[:len(shape) - len(layout.shape)])
 
   @property
   def variable(self):
@@ -77,12 +91,18 @@ def sites(model):
       found.append(Site(f'{path}/attention_fn'.lstrip('/'), module, None, 'Attention'))
     if not layer and not isinstance(module, layouts.NORMS):
       found += [Site(f'{path}/{name}'.lstrip('/'), module, name, 'Param')
-                for name, v in vars(module).items() if isinstance(v, nnx.Param) and _is_matrix(v)]
+                for name, v in vars(module).items() if _is_matrix(v)]
   return found
 
 
-def _is_matrix(variable):
-  return getattr(variable.get_value(), 'ndim', 0) >= 2
+def _is_matrix(value):
+  """Whether an attribute is a Param of float matrices, or their codes."""
+  if isinstance(value, weights.Codes):
+    return True
+  if not isinstance(value, nnx.Param):
+    return False
+  array = value.get_value()
+  return getattr(array, 'ndim', 0) >= 2 and jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def first_matches(recipe, found):

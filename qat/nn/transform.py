@@ -35,25 +35,31 @@ def _quantize_site(site, rule, shared):
   """Puts the quantizers of `rule` at one site, in place."""
   if site.kind == 'Attention':
     if rule.scores is not None:
-      operands = (rule.scores.for_input(()) if _ready(rule.scores) else nnx.clone(rule.scores) for _ in range(4))
-      quantized.attach(site.module, site.path).scores = attention.Scores(*operands)
+      operands = (_for_activation(rule.scores, site.lead) for _ in range(4))
+      quantized.attach(site.module, site.path, site.lead).scores = attention.Scores(*operands)
     return
-  matrix = site.layout.to_matrix(site.variable.get_value())
-  lead = matrix.shape[:matrix.ndim - 2 - len(site.layout.batch)]
+  if isinstance(site.variable, weights.Codes):
+    raise ValueError(f"Layer '{site.path}' is frozen: it holds codes, and no float to put on a grid. "
+                     'Quantize the model that qat.freeze was given.')
+  attach = lambda: quantized.attach(site.module, site.path, site.lead)
   if rule.weight is not None:
-    q = quantized.attach(site.module, site.path)
+    q = attach()
     if id(site.variable) not in shared:
-      shared[id(site.variable)] = weights.Weight(_for_weight(rule.weight, matrix, site), site.layout)
+      shared[id(site.variable)] = _weight(rule.weight, site)
     q.weights[site.name] = shared[id(site.variable)]
   if site.kind == 'Param':
     return
   for slot in ('input', 'output'):
     prototype = getattr(rule, slot)
     if prototype is not None:
-      ready = prototype.for_input(lead) if _ready(prototype) else nnx.clone(prototype)
-      setattr(quantized.attach(site.module, site.path), slot, ready)
+      setattr(attach(), slot, _for_activation(prototype, site.lead))
   if rule.gradient is not None:
-    quantized.attach(site.module, site.path).gradient = rule.gradient.for_input(lead)
+    attach().gradient = rule.gradient.for_input(site.lead)
+
+
+def _for_activation(prototype, lead):
+  """The quantizer of one operand; one that needs a range waits for calibrate."""
+  return prototype.for_input(lead) if _ready(prototype) else nnx.clone(prototype)
 
 
 def _ready(quantizer):
@@ -61,12 +67,12 @@ def _ready(quantizer):
   return quantizer.observer is None
 
 
-def _for_weight(prototype, matrix, site):
+def _weight(prototype, site):
+  matrix = site.layout.to_matrix(site.variable.get_value())
   try:
-    quantizer = prototype.for_weight(matrix)
-    # A block that does not tile says so now, and names the layer.
-    nnx.eval_shape(lambda q, w: q.encode(w), nnx.clone(quantizer), matrix)
-    return quantizer
+    weight = weights.Weight(prototype.for_weight(matrix), site.layout, matrix.dtype)
+    weights.shapes(weight, site.variable)  # A block that does not tile says so now, and names the layer.
+    return weight
   except ValueError as e:
     raise ValueError(f"Layer '{site.path}', whose weight is {matrix.shape[-2]} inputs x "
                      f'{matrix.shape[-1]} outputs: {e}') from e
@@ -86,7 +92,7 @@ def freeze(model):
       if isinstance(variable, weights.Codes):
         continue
       if id(variable) not in frozen:
-        frozen[id(variable)] = (weights.freeze(weight, variable), weights.Weight(None, weight.layout))
+        frozen[id(variable)] = (weights.freeze(weight, variable), weights.Weight(None, weight.layout, weight.dtype))
       codes, reader = frozen[id(variable)]
       q.weights[name] = reader
       setattr(layer, name, codes)

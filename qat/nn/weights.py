@@ -1,6 +1,14 @@
-"""A quantized weight: what a layer sees when it reads its Param."""
+"""A quantized weight: what a layer sees when it reads its Param.
+
+A weight is a matrix [in, out], or many of them, [*lead, in, out]: the batch axes of a layer, and those on
+which nnx.vmap or nnx.scan stacked layers. Quantizers see one matrix at a time, so that the codes are
+the same whether a layer reads its own slice or `freeze` reads the stack.
+"""
+
+import functools
 
 from flax import nnx
+import jax
 
 from qat.core import qarray
 
@@ -28,20 +36,23 @@ class Seen(nnx.Param):
 class Weight(nnx.Module):
   """Reads one Param of a layer through a quantizer, or the Codes that took its place."""
 
-  def __init__(self, quantizer, layout):
-    self.quantizer, self.layout = quantizer, layout
+  def __init__(self, quantizer, layout, dtype):
+    self.quantizer, self.layout, self.dtype = quantizer, layout, dtype
 
   def encode(self, variable):
     """The codes: QArray[*lead, in, out]."""
     if isinstance(variable, Codes):
       return variable.get_value()
-    return self.quantizer.encode(self.layout.to_matrix(variable.get_value()))
+    matrices = self.layout.to_matrix(jax.lax.stop_gradient(variable.get_value()))
+    return _each(lambda quantizer, w: quantizer.encode(w), self.quantizer, matrices)
 
   def decode(self, variable):
-    """The weight on its grid, in its layer's shape."""
+    """The weight on its grid, in its layer's shape and its Param's dtype."""
+    value = variable.get_value()
     if isinstance(variable, Codes):
-      return self.layout.from_matrix(qarray.decode(variable.get_value()))
-    return self.layout.from_matrix(self.quantizer(self.layout.to_matrix(variable.get_value())))
+      return self.layout.from_matrix(decode(value, self.dtype))
+    matrices = self.layout.to_matrix(value)
+    return self.layout.from_matrix(_each(lambda quantizer, w: quantizer(w), self.quantizer, matrices))
 
   def see(self, variable):
     return Seen(self.decode(variable), variable)
@@ -51,13 +62,35 @@ class Weight(nnx.Module):
       self.quantizer.advance()
 
 
+def decode(q, dtype):
+  """The numbers of Codes: QArray[*lead, in, out] -> dtype[*lead, in, out]."""
+  numbers = functools.partial(qarray.decode, dtype=dtype)
+  for _ in range(q.ndim - 2):
+    numbers = jax.vmap(numbers)
+  return numbers(q)
+
+
+def _each(f, quantizer, matrices):
+  """f(quantizer, matrix) for each of [*lead, in, out]; the quantizer's variables are [*lead, ...]."""
+  if matrices.ndim == 2:
+    return f(quantizer, matrices)
+  graph, state = nnx.split(quantizer)
+  one = lambda state, matrix: f(nnx.merge(graph, state), matrix)
+  for _ in range(matrices.ndim - 2):
+    one = jax.vmap(one)
+  return one(state, matrices)
+
+
 def freeze(weight, variable):
   """The Codes that stand for `variable` from now on."""
-  encode = nnx.jit(lambda quantizer, w: quantizer.encode(weight.layout.to_matrix(w)))
-  return Codes(encode(weight.quantizer, variable.get_value()))
+  return Codes(_encode(weight, variable))
+
+
+@nnx.jit
+def _encode(weight, variable):
+  return weight.encode(variable)
 
 
 def shapes(weight, variable):
-  """The QArray that `freeze` would make, of shapes and dtypes only; random streams do not move."""
-  encode = lambda quantizer, w: quantizer.encode(weight.layout.to_matrix(w))
-  return nnx.eval_shape(encode, nnx.clone(weight.quantizer), variable.get_value())
+  """The QArray that `freeze` would make, of shapes and dtypes only."""
+  return nnx.eval_shape(lambda weight, variable: weight.encode(variable), weight, variable)

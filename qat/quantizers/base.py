@@ -5,7 +5,7 @@ import abc
 from flax import nnx
 import jax
 
-from qat.core import qarray
+from qat.core import blocks, qarray
 
 
 class StepSize(nnx.Param):
@@ -42,6 +42,10 @@ class Quantizer(nnx.Module):
   def encode(self, x):
     """The same point, as codes: QArray[*shape]."""
     return qarray.encode(self.prepare(x), self.spec, *self.grid(x))
+
+  def both(self, x):
+    """(self(x), self.encode(x)), for products of codes."""
+    return self(x), self.encode(jax.lax.stop_gradient(x))
 
   def prepare(self, x):
     """What is rounded in place of `x`: for methods that squash or clip first."""
@@ -87,11 +91,18 @@ def straight_through(x, x_hat):
 straight_through.defjvp(lambda primals, tangents: (straight_through(*primals), tangents[0]))
 
 
-def to_rank(scale, ndim):
+def to_rank(scale, ndim, block):
   """A stored scale, of shape [] or [channels], at the rank of its array: [1, ..., channels]."""
-  if scale is None or isinstance(scale, qarray.QArray):
+  if scale is None or isinstance(scale, qarray.QArray) or isinstance(block, blocks.Flat):
     return scale
   return scale.reshape((1,) * (ndim - scale.ndim) + scale.shape)
+
+
+def each_matrix(f, w):
+  """Maps f, a function of a matrix, over w[*lead, in, out]: no range spans two matrices."""
+  for _ in range(w.ndim - 2):
+    f = jax.vmap(f)
+  return f(w)
 
 
 def inside(x, spec, scale, zero):

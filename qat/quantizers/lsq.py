@@ -71,7 +71,7 @@ class LSQ(base.Quantizer):
     return new
 
   def for_weight(self, w):
-    return self._start(self.rule(w, self.spec)[0])
+    return self._start(base.each_matrix(lambda matrix: self.rule(matrix, self.spec)[0], w))
 
   def for_input(self, lead, scale=None, zero=None):
     return self._start(scale)
@@ -82,7 +82,7 @@ class LSQ(base.Quantizer):
   def grid(self, x):
     if self.s is None:
       raise self.needs_range()
-    return jnp.abs(base.to_rank(self.s[...], x.ndim)), None
+    return jnp.abs(base.to_rank(self.s[...], x.ndim, self.spec.block)), None
 
   def __call__(self, x):
     s, _ = self.grid(x)

@@ -62,7 +62,7 @@ class PACT(base.Quantizer):
     return step(self._alpha(x), self.spec), None
 
   def _alpha(self, x):
-    return base.to_rank(jnp.abs(self.alpha[...]), x.ndim)
+    return base.to_rank(jnp.abs(self.alpha[...]), x.ndim, self.spec.block)
 
   def __call__(self, x):
     return pact(x, self._alpha(x), self.spec)

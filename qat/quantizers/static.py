@@ -48,7 +48,7 @@ class Static(base.Quantizer):
   def grid(self, x):
     if self.scale is None:
       raise self.needs_range()
-    read = lambda v: None if v is None else base.to_rank(v.get_value(), x.ndim)
+    read = lambda v: None if v is None else base.to_rank(v.get_value(), x.ndim, self.spec.block)
     return read(self.scale), read(self.zero)
 
   def __call__(self, x):
@@ -57,7 +57,7 @@ class Static(base.Quantizer):
     return clipped_straight_through(x, x_hat, base.inside(x, self.spec, scale, zero))
 
   def for_weight(self, w):
-    return Static.at(self.spec, *self.rule(w, self.spec))
+    return Static.at(self.spec, *base.each_matrix(lambda matrix: self.rule(matrix, self.spec), w))
 
   def for_input(self, lead, scale=None, zero=None):
     return Static.at(self.spec, scale, zero)

@@ -7,6 +7,8 @@ The range is found anew for each array ("dynamic"), by a rule that clips nothing
 given. Numbers that the rule does clip get the straight-through gradient as well.
 """
 
+import jax
+
 from qat.core import qarray
 from qat.quantizers import base
 
@@ -20,4 +22,9 @@ class STE(base.Quantizer):
     return self.rule(x, self.spec)
 
   def __call__(self, x):
-    return base.straight_through(x, qarray.fake(x, self.spec, *self.grid(x)))
+    v = jax.lax.stop_gradient(x)
+    return base.straight_through(x, qarray.fake(v, self.spec, *self.grid(v)))
+
+  def both(self, x):
+    codes = self.encode(jax.lax.stop_gradient(x))
+    return base.straight_through(x, qarray.decode(codes, x.dtype)), codes
