@@ -61,7 +61,7 @@ class Int:
     return tuple(np.arange(self.min, self.max + 1).tolist())
 
   def round(self, x, rounding=half_even):
-    return jnp.clip(rounding(x), self.min, self.max)
+    return clamp(rounding(x), self.min, self.max)
 
   def encode(self, x, rounding=half_even):
     return self.round(x, rounding).astype(self.storage)
@@ -170,10 +170,10 @@ class Float:
         raise ValueError(f'{self} is rounded half to even only, not by {rounding}.')
       return jax.lax.reduce_precision(jnp.clip(x, self.min, self.max), 8, self.mantissa)
     field = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> 23    # exponent of |x|, + 127
-    field = jnp.clip(field, 128 - self.bias, 254)                        # subnormals: the lowest
+    field = clamp(field, 128 - self.bias, 254)                           # subnormals: the lowest
     spacing = _power_of_two(field - self.mantissa)
     inverse = _power_of_two(254 - (field - self.mantissa))
-    return jnp.clip(rounding(x * inverse) * spacing, self.min, self.max)
+    return clamp(rounding(x * inverse) * spacing, self.min, self.max)
 
   def encode(self, x, rounding=half_even):
     x = self.round(x, rounding)
@@ -190,6 +190,11 @@ class Float:
     if self.dtype is not None:
       return codes.astype(jnp.float32)
     return jnp.asarray(self._table(), jnp.float32)[codes.astype(jnp.int32)]
+
+
+def clamp(x, low, high):
+  """x within [low, high], as one operation."""
+  return jax.lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
 
 
 def _power_of_two(field):

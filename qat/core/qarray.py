@@ -1,12 +1,13 @@
 """QArray: codes, and the scales and zeros that give them meaning."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qat.core import blocks, formats, rounding as rounding_
+from qat.core.rounding import exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,28 +94,23 @@ class QArray:
                for a in (self.scale, self.zero) if a is not None) + self.spec.format.bits * self.codes.size
 
 
-def exact(x):
-  """`x`, rounded to f32 before it is added to anything.
-
-  LLVM contracts a * b + c into one fused multiply-add where it can, and so gives other last bits
-  in one program than in another. It does not look through a clamp.
-  """
-  largest = np.finfo(np.float32).max
-  return jnp.clip(x, -largest, largest)
-
-
 def reciprocal(scale):
   """1 / scale, and 0 where the scale is 0.
 
   Encoding multiplies by it, and never divides: XLA rewrites some divisions by a broadcast array,
-  and all divisions by a constant, into such a product.
+  and all divisions by a constant, into such a product. It also rewrites 1 / (a / b) as b / a, if it
+  sees both; `exact` hides where the scale comes from.
   """
-  return jnp.where(scale == 0, jnp.zeros_like(scale), 1 / jnp.where(scale == 0, jnp.ones_like(scale), scale))
+  safe = exact(jnp.where(scale == 0, jnp.ones_like(scale), scale))
+  return jnp.where(scale == 0, jnp.zeros_like(scale), 1 / safe)
 
 
 def divide(x, divisor):
-  """x / divisor for a constant, as IEEE 754 rounds it: XLA would multiply by 1 / divisor."""
-  return x / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x))
+  """x / divisor for a constant, as IEEE 754 rounds it.
+
+  XLA would multiply by 1 / divisor, and would merge one quotient into the next.
+  """
+  return exact(x / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x)))
 
 
 def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
@@ -137,6 +133,21 @@ def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
   >>> decode(q)
   Array([[ 0., -4.,  7.,  1.]], dtype=float32)
   """
+  return _traced_once(_encode, rounding)(x, scale, zero, spec, rounding)
+
+
+def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
+  """decode(encode(x, ...)), bit for bit, in the dtype of `x` and without making codes."""
+  return _traced_once(_fake, rounding)(x, scale, zero, spec, rounding)
+
+
+def _traced_once(f, rounding):
+  """`f` under jit, so that a model of equal layers traces it once; a random key is no static argument."""
+  return f.__wrapped__ if isinstance(rounding, rounding_.Stochastic) else f
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _encode(x, scale, zero, spec, rounding):
   x = x.astype(jnp.float32)
   if spec.block is None:
     return QArray(spec.format.encode(x, rounding), None, None, spec)
@@ -145,8 +156,8 @@ def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
   return QArray(spec.format.encode(u, rounding), scale, zero, spec)
 
 
-def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
-  """decode(encode(x, ...)), bit for bit, in the dtype of `x` and without making codes."""
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _fake(x, scale, zero, spec, rounding):
   v = x.astype(jnp.float32)
   if spec.block is None:
     return cast(spec.format.round(v, rounding), x.dtype)
@@ -161,8 +172,11 @@ def decode(q, dtype=jnp.float32):
   >>> decode(encode(jnp.array([[0.1, -1.0, 3.0]]), Spec(formats.FP4_E2M1, (None,))))
   Array([[ 0. , -1. ,  3. ]], dtype=float32)
   """
-  if not isinstance(q, QArray):
-    return q
+  return _decode(q, jnp.dtype(dtype)) if isinstance(q, QArray) else q
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decode(q, dtype):
   value = q.spec.format.decode(q.codes)
   if q.spec.block is not None:
     value = _numbers(value, q.spec, decode(q.scale), decode(q.zero))
@@ -190,6 +204,7 @@ def place(x, spec, scale=None, zero=None):
   return _on_grid(scale, spec.scale), _on_grid(zero, spec.zero and spec.zero.spec)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def absmax(x, spec):
   """The range rule that clips nothing: max|x| / format.max, or (max - min) / (levels - 1).
 

@@ -1,9 +1,8 @@
 """Rounding: how a number between two grid points chooses one of them.
 
 Each rule is a function of `u`, numbers in units of the grid's spacing, and returns whole
-numbers of the same dtype. None of them adds a constant to `u`: XLA may contract a product
-and a sum into one fused multiply-add, and the same numbers would then round one way in one
-program and another way in the next.
+numbers of the same dtype. None of them adds to `u` before it is `exact`: the same numbers would
+else round one way in one program and another way in the next.
 """
 
 import dataclasses
@@ -12,20 +11,31 @@ import jax
 import jax.numpy as jnp
 
 
+def exact(x):
+  """`x`, rounded to its dtype before it is added to anything.
+
+  LLVM contracts a * b + c into one fused multiply-add where it can, and so gives other last bits
+  in one program than in another. It does not look through a clamp.
+  """
+  largest = jnp.finfo(x.dtype).max
+  return jnp.clip(x, -largest, largest)
+
+
 def half_even(u):
   """IEEE 754's default and the unbiased one: 0.5 -> 0, 1.5 -> 2, -2.5 -> -2."""
-  return jnp.round(u)
+  return jax.lax.round(u, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def half_away(u):
   """C's `round`, LiteRT and GGUF's Q8_0: 0.5 -> 1, -0.5 -> -1."""
+  u = exact(u)
   whole = jnp.trunc(u)
   return whole + jnp.where(jnp.abs(u - whole) >= 0.5, jnp.sign(u), jnp.zeros_like(u))
 
 
 def half_up(u):
   """floor(u + 1/2): 0.5 -> 1, -0.5 -> 0."""
-  nearest = jnp.round(u)
+  nearest = half_even(u)
   return jnp.where(u - nearest == 0.5, nearest + 1, nearest)
 
 
@@ -56,6 +66,7 @@ class Stochastic:
   key: jax.Array
 
   def __call__(self, u):
+    u = exact(u)
     whole = jnp.floor(u)
     draw = jax.random.uniform(self.key, u.shape, u.dtype)
     return whole + (draw < u - whole).astype(u.dtype)

@@ -39,6 +39,7 @@ def unrows(x, shape, contract, batch):
   return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
 
 
+@jax.jit  # Layers of one shape are traced, and differentiated, once.
 @jax.custom_jvp
 def integer_product(x_hat, w_hat, x, w):
   """The product of two integer QArrays, with the gradient of x_hat @ w_hat."""
@@ -46,7 +47,7 @@ def integer_product(x_hat, w_hat, x, w):
   return integer.matmul(x, w)
 
 
-@integer_product.defjvp
+@integer_product.__wrapped__.defjvp
 def _integer_product_jvp(primals, tangents):
   (x_hat, w_hat, x, w), (dx, dw, *_) = primals, tangents
   tangent = float_product(dx, w_hat) + float_product(x_hat, dw)
