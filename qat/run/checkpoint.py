@@ -9,6 +9,7 @@ later (a checksum differs, a file is gone) is moved to <workdir>/damaged, and th
 """
 
 import contextlib
+import errno
 import json
 import pathlib
 import shutil
@@ -20,7 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from qat.run import errors
+
 STATE, ABOUT = 'state', 'about'
+SPARE_BYTES = 2**20  # Metadata, metrics, and the report.
+DAMAGED = 'Use another checkpoint, or train again.'
 ANOTHER = 'Use the config of that run, or another --workdir.'
 policies = ocp.checkpoint_managers
 
@@ -48,6 +53,7 @@ class Checkpoints:
     if step in self.manager.all_steps():
       return
     arrays = to_host(state)
+    _check_space(self.directory, sum(x.nbytes for x in arrays.values()))
     about = dict(about, metrics=metrics, checksums={k: checksum(x) for k, x in arrays.items()})
     self.manager.save(step, metrics=metrics, args=ocp.args.Composite(
         **{STATE: ocp.args.StandardSave(arrays), ABOUT: ocp.args.JsonSave(about)}))
@@ -61,6 +67,13 @@ class Checkpoints:
       self.manager.wait_until_finished()
     finally:
       self.manager.close()
+
+
+def _check_space(directory, size_bytes):
+  """Raises while there is still room to say so: orbax's threads print a page each when the disk is full."""
+  free = shutil.disk_usage(directory).free
+  if free < size_bytes + SPARE_BYTES:
+    raise OSError(errno.ENOSPC, f'{free:,} bytes are free, a checkpoint takes {size_bytes:,}', str(directory))
 
 
 def folder(workdir):
@@ -117,7 +130,8 @@ def about(workdir, step):
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise Damaged(f'{path} cannot be read ({error})') from error
+    raise Damaged(f'Checkpoint {step} of {str(workdir)!r} is damaged: {path.parent.name}/{path.name} cannot be read '
+                  f'({error}). {DAMAGED}') from error
 
 
 def read(workdir, step, like):
@@ -140,9 +154,10 @@ def read_part(workdir, step, like):
     raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: it lacks {missing[:4]}. {ANOTHER}')
   leaves = []
   for name, x in wanted.items():
-    array = _array(folder(workdir) / str(step) / STATE, name)
+    array = array_of(workdir, step, name)
     if checksum(array) != facts['checksums'][name]:
-      raise Damaged(f'array {name!r} has another checksum than when it was written')
+      raise Damaged(f'Checkpoint {step} of {str(workdir)!r} is damaged: array {name!r} has another checksum than '
+                    f'when it was written. {DAMAGED}')
     shape = jax.random.key_data(x).shape if _is_key(x) else x.shape
     if array.shape != shape:
       raise ValueError(f'Checkpoint {step} of {str(workdir)!r} is of another model: {name} is {array.shape} '
@@ -151,16 +166,18 @@ def read_part(workdir, step, like):
   return jax.tree.unflatten(jax.tree.structure(like), leaves), facts
 
 
-def _array(path, name):
+def array_of(workdir, step, name):
   """One array of a checkpoint, read by tensorstore itself.
 
   Orbax reads all at once, and leaves a stack trace a thread on stderr when one array is damaged.
   """
+  path = folder(workdir) / str(step) / STATE
   store = dict(driver='zarr', kvstore=dict(driver='ocdbt', base=f'file://{path}/', path=name))
   try:
     return tensorstore.open(store, open=True, read=True).result().read().result()
   except ValueError as error:  # Tensorstore's word for bytes gone or changed.
-    raise Damaged(f'array {name!r} cannot be read ({str(error)[:200]})') from error
+    raise Damaged(f'Checkpoint {step} of {str(workdir)!r} is damaged: array {name!r} cannot be read '
+                  f'({str(error)[:200]}). {DAMAGED}') from error
 
 
 def flatten(state):
@@ -193,8 +210,7 @@ def checksum(array):
 def _set_aside(workdir, step, error):
   """Says so on stderr, and moves a damaged checkpoint out of the way."""
   aside = pathlib.Path(workdir) / 'damaged' / str(step)
-  print(f'WARNING: the checkpoint of step {step} is damaged: {" ".join(str(error).split())}. It is moved to {aside}.',
-        file=sys.stderr)
+  print(f'WARNING: {errors.join(error)} It is moved to {aside}.', file=sys.stderr)
   shutil.rmtree(aside, ignore_errors=True)
   aside.parent.mkdir(exist_ok=True)
   shutil.move(folder(workdir) / str(step), aside)

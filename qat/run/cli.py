@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 
+from absl import logging
 import jax
 
 from qat.run import config as configs
@@ -45,6 +46,7 @@ def run(program, *argv):
   if {'-h', '--help'} & set(argv):
     print(module.__doc__)
     return
+  logging.set_verbosity(logging.FATAL)  # Orbax logs every error that it raises, a page for each of its threads.
   compilation_cache()
   module.main(*configs.parse(argv, needs_config=PROGRAMS[program]))
 

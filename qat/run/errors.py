@@ -42,8 +42,9 @@ def disk_full(error):
     if getattr(seen, 'errno', None) == errno.ENOSPC or 'No space left on device' in str(seen):
       path = getattr(seen, 'filename', None)
       where = f' while writing {path}' if path else ''
-      return (f'The disk is full{where}: no space left on device. Free some space, then run the same '
-              'command again: it goes on from the last whole checkpoint.')
+      detail = getattr(seen, 'strerror', None) or 'no space left on device'
+      return (f'The disk is full{where}: {detail}. Free some space, then run the same command again: it goes on '
+              'from the last whole checkpoint.')
     seen = seen.__cause__ or seen.__context__
   return None
 

@@ -13,6 +13,7 @@ import rich.table
 from qat.nn import transform
 from qat.run import build
 from qat.run import checkpoint
+from qat.run import errors
 
 
 def main(config, workdir):
@@ -20,6 +21,8 @@ def main(config, workdir):
   run = build.run(config)
   table = rich.table.Table(title=f'{workdir}, {config.data.name} {config.data.test}, {len(run.scorer.source)} examples')
   rows = list(evaluations(run, workdir))
+  if not rows:
+    raise ValueError(f'No checkpoint of {str(workdir)!r} is whole. Train again in another --workdir.')
   for name in ('checkpoint', 'step', 'weights', *rows[0][-1]):
     table.add_column(name, justify='right')
   for *where, values in rows:
@@ -33,11 +36,16 @@ def evaluations(run, workdir):
   if last is None:
     raise ValueError(f'--workdir {str(workdir)!r} has no checkpoint to evaluate. Train there first: qat train.')
   best = checkpoint.best_step(workdir, run.objective.score)
+  like = dict(params=run.state.params, rest=run.state.rest)
   for which, step in (('best', best), ('last', last)):
     if step is None:
       continue
-    state, _ = checkpoint.read_part(workdir, step, run.state)
-    model = run.model(state)
+    try:
+      state, _ = checkpoint.read_part(workdir, step, like)
+    except checkpoint.Damaged as error:
+      print(f'WARNING: {errors.join(error)}', file=sys.stderr)
+      continue
+    model = run.skeleton.join(**state)
     yield which, step, 'float' if not run.config.recipe else 'trained', run.scorer(model)
     if run.config.recipe:
       yield which, step, 'frozen', run.scorer(transform.freeze(model))

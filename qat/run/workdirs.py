@@ -4,6 +4,7 @@ import json
 import pathlib
 import tempfile
 
+from qat.run import checkpoint
 from qat.run import config as configs
 from qat.run import metrics
 
@@ -22,6 +23,7 @@ def begin(workdir, config):
   except OSError as error:
     raise ValueError(f'--workdir {str(workdir)!r} cannot be written: {error.strerror or error}. '
                      'Choose a folder that you own, or ask for write permission.') from error
-  configs.check_same(config, workdir)
+  if checkpoint.steps(workdir):  # Before the first one, there is nothing to go on with.
+    configs.check_same(config, workdir)
   metrics.write(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
   return workdir

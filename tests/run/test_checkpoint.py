@@ -90,7 +90,7 @@ def test_the_one_before_is_used_loudly_when_the_last_is_damaged(tmp_path, capfd,
   state, _ = checkpoint.restore(tmp_path, a_state(1))
   assert int(state.step) == 2
   said = capfd.readouterr().err
-  assert 'WARNING: the checkpoint of step 4 is damaged' in said
+  assert 'WARNING: Checkpoint 4 of ' in said
   assert 'going on from the checkpoint of step 2 in place of 4' in said
   assert 'Traceback' not in said
   assert (tmp_path / 'damaged' / '4').is_dir()

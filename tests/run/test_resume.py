@@ -48,9 +48,8 @@ def reach(process, workdir, step):
 
 def final(workdir):
   """{name: bytes} of the last checkpoint."""
-  path = checkpoint.folder(workdir) / str(STEPS)
-  names = json.loads((path / 'about' / 'metadata').read_text())['checksums']
-  return {name: checkpoint._array(path / 'state', name).tobytes() for name in names}
+  names = checkpoint.about(workdir, STEPS)['checksums']
+  return {name: checkpoint.array_of(workdir, STEPS, name).tobytes() for name in names}
 
 
 def lines(workdir):
