@@ -49,7 +49,7 @@ def signed_extreme(x, spec):
   if spec.scale is not None and spec.scale.format.min >= 0:
     raise ValueError(f'signed_extreme on {spec}: half of its scales are negative, and {spec.scale.format} '
                      f'starts at {spec.scale.format.min}. Use absmax, or Search.')
-  scale = qarray.divide(blocks.over_blocks(_extreme, x.astype(jnp.float32), spec.block), spec.format.min)
+  scale = qarray.divide(blocks.over_blocks(extreme, x.astype(jnp.float32), spec.block), spec.format.min)
   return qarray.place(x, spec, scale)
 
 
@@ -262,20 +262,21 @@ def _symmetric(rule, spec):
                      'Use absmax, Percentile or Search.')
 
 
-def _rows(x, axis):
+def rows(x, axis):
   """[*shape] -> [*kept, n], with the reduced axes merged in order."""
   kept = [a for a in range(x.ndim) if a not in axis]
   return jnp.transpose(x, (*kept, *axis)).reshape(*(x.shape[a] for a in kept), -1)
 
 
-def _extreme(x, axis):
-  rows = _rows(x, axis)
-  return jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), -1, keepdims=True), -1)[..., 0]
+def extreme(x, axis):
+  """The element of largest |x|, with its sign; of equals the first."""
+  x = rows(x, axis)
+  return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), -1, keepdims=True), -1)[..., 0]
 
 
 def _order(x, axis, share, whole):
   """The element that stands at `share` of the way from the least to the largest."""
-  rows = _rows(x, axis)
+  x = rows(x, axis)
   # 1e-9: the share is a decimal fraction, as 0.999 * 1000 = 999.0000000000001.
   slack = -1e-9 if whole is math.ceil else 1e-9
-  return jnp.sort(rows, -1)[..., whole(share * (rows.shape[-1] - 1) + slack)]
+  return jnp.sort(x, -1)[..., whole(share * (x.shape[-1] - 1) + slack)]

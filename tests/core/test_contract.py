@@ -33,6 +33,7 @@ X[0, :32] = 0                                                            # Empty
 X[1, :, :32] = 1.5                                                       # constant ones,
 X[1, :, 32:64] *= 1e-20                                                  # tiny,
 X[2, 32:64] *= 1e12                                                      # huge,
+X[:, 64:96] = X[:, 64:96].round(1)                                       # full of ties,
 X[2, :, :32] = np.abs(X[2, :, :32])                                      # and of one sign.
 
 
@@ -83,5 +84,7 @@ def test_eager_is_jit(spec):
   x = X[2]
   eager = qarray.encode(x, spec)
   assert same(eager, jax.jit(qarray.encode, static_argnums=1)(x, spec))
+  frozen = jax.jit(qarray.encode, static_argnums=1)(x, spec, eager.scale, eager.zero)    # XLA sees no quotient.
+  assert same(frozen, eager)
   assert same(qarray.decode(eager), jax.jit(qarray.decode)(eager))
   assert same(qarray.fake(x, spec), jax.jit(qarray.fake, static_argnums=1)(x, spec))
