@@ -13,11 +13,13 @@ import rich.table
 from qat.nn import transform
 from qat.run import build
 from qat.run import checkpoint
+from qat.run import config as configs
 from qat.run import errors
 
 
 def main(config, workdir):
   """Prints the table."""
+  configs.check_same(config, workdir)
   run = build.run(config)
   table = rich.table.Table(title=f'{workdir}, {config.data.name} {config.data.test}, {len(run.scorer.source)} examples')
   rows = list(evaluations(run, workdir))

@@ -3,7 +3,6 @@
 import sys
 import time
 
-import rich.console
 import rich.progress
 
 
@@ -32,7 +31,7 @@ class Bar:
   def update(self, step, values):
     """Shows that `step` is done; `values` may be empty."""
     if values:
-      self.progress.update(self.task, description=_text(values))
+      self.progress.update(self.task, description=f'loss {values["loss"]:.4f}')  # More would leave no room for the bar.
     self.progress.update(self.task, completed=step)
 
   def say(self, text):

@@ -16,14 +16,13 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'nump
 
 
 def provenance():
-  """A dict for result.json."""
+  """A dict for result.json. Taken when a run begins: the files may change while it goes on."""
   device = jax.devices()[0]
   return dict(
       commit=commit(),
       versions={'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
       device=dict(kind=device.device_kind, platform=device.platform, count=jax.device_count()),
-      command=' '.join(sys.argv),
-      peak_memory_bytes=peak_memory_bytes(device))
+      command=' '.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def commit():
@@ -37,9 +36,9 @@ def commit():
   return None if head.returncode else head.stdout.strip() + ('-changed' if changed.stdout.strip() else '')
 
 
-def peak_memory_bytes(device):
+def peak_memory_bytes():
   """The most memory held so far: of the device where it counts, else of the process."""
-  stats = device.memory_stats() or {}
+  stats = jax.devices()[0].memory_stats() or {}
   unit = 1 if sys.platform == 'darwin' else 1024  # getrusage: bytes on macOS, KiB on Linux.
   return stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

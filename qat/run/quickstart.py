@@ -52,7 +52,7 @@ class Row:
 
 def main(config, workdir):
   """Trains, prints the table, writes the report."""
-  began = time.monotonic()
+  began, origin = time.monotonic(), provenance.provenance()
   workdir = workdirs.begin(workdir, config)
   console = rich.console.Console()
   rows = []
@@ -80,7 +80,7 @@ def main(config, workdir):
   console.print(printed(rows, config))
   result = dict(config=configs.plain(config), seed=config.seed, steps=config.total_steps,
                 rows=[dict(dataclasses.asdict(r), mean=r.mean, std=r.std) for r in rows],
-                wall_seconds=time.monotonic() - began, **provenance.provenance())
+                wall_seconds=time.monotonic() - began, peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
   provenance.save(workdir / 'result.json', result)
   page = write(workdir, result, rows, losses, models[0])
   print(f'{page}\n{workdir / "result.json"}', flush=True)

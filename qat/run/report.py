@@ -12,6 +12,7 @@ import sys
 from qat.nn import explain
 from qat.run import build
 from qat.run import checkpoint
+from qat.run import config as configs
 from qat.run import metrics
 from qat.run import plots
 
@@ -28,6 +29,7 @@ pre { background: #f4f7fa; padding: 1em; overflow-x: auto; font-size: 0.85em; }
 
 def main(config, workdir):
   """Writes the page from result.json, metrics.jsonl and the last checkpoint."""
+  configs.check_same(config, workdir)
   path = workdir / 'result.json'
   steps = checkpoint.steps(workdir)
   if not path.is_file() or not steps:

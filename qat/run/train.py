@@ -25,7 +25,7 @@ from qat.run import workdirs
 
 def main(config, workdir):
   """The whole run, from its config to its report."""
-  began = time.monotonic()
+  began, origin = time.monotonic(), provenance.provenance()
   # ------------------------------------------------------------------------ where
   workdir = workdirs.begin(workdir, config)
 
@@ -54,7 +54,8 @@ def main(config, workdir):
   model = run.model(state)
   result = dict(config=configs.plain(config), seed=config.seed, steps=config.total_steps,
                 metrics=run.scorer(model), best_step=checkpoint.best_step(workdir, run.objective.score),
-                **build.facts(run, model), wall_seconds=seconds(), **provenance.provenance())
+                **build.facts(run, model), wall_seconds=seconds(),
+                peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
   provenance.save(workdir / 'result.json', result)
   page = report.write(workdir, result, model)
   print(f'{report.line(result)}\n{page}\n{workdir / "result.json"}', flush=True)

@@ -100,6 +100,8 @@ def test_another_config_in_the_same_workdir(tmp_path, capfd):
   capfd.readouterr()
   assert train(tmp_path, '--config.model.sizes=(64, 8, 10)') == 2
   assert 'model.sizes: [64, 16, 10] there, [64, 8, 10] now' in paragraph(capfd)
+  assert cli.main(['evaluate', f'--config={TINY}', f'--workdir={tmp_path}', '--config.model.sizes=(64, 8, 10)']) == 2
+  assert 'another config' in paragraph(capfd)
 
 
 def test_a_run_that_never_began_leaves_the_workdir_free(tmp_path):
