@@ -2,7 +2,8 @@
 
 Groups are an ordered table of (regex over whole paths, settings); the first match wins, and a
 regex that matches nothing is an error. Two rules stand behind the table: the variables of
-quantizers have no weight decay, nor has anything with fewer than two axes (biases, norms).
+quantizers (learned steps and clip points) move at `quantizer_rate_scale` of the rate and have no
+weight decay, nor has anything with fewer than two axes (biases, norms).
 """
 
 import inspect
@@ -62,8 +63,9 @@ def _member(c, rate, learning_rate_scale, weight_decay):
 
 def _settings(path, x, c):
   """(learning_rate_scale, weight_decay) of one parameter."""
-  decays = x.ndim >= 2 and '/quantizers/' not in path
-  default = dict(learning_rate_scale=1.0, weight_decay=c.weight_decay if decays else 0.0)
+  learned = '/quantizers/' in path
+  default = dict(learning_rate_scale=c.quantizer_rate_scale if learned else 1.0,
+                 weight_decay=c.weight_decay if x.ndim >= 2 and not learned else 0.0)
   group = next((settings for regex, settings in c.groups if re.fullmatch(regex, path)), {})
   merged = {**default, **group}
   return tuple(float(merged[k]) for k in SETTINGS)
