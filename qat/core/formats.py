@@ -149,20 +149,7 @@ class Float:
     return -self.max
 
   def levels(self):
-    return tuple(sorted({v for v in self._table() if np.isfinite(v) and abs(v) <= self.max}))
-
-  @functools.lru_cache
-  def _table(self):
-    """The value of each bit pattern."""
-    if self.dtype is not None:
-      word = np.uint16 if self.bits == 16 else np.uint8
-      return tuple(np.arange(2**self.bits).astype(word).view(self.dtype).astype(np.float32).tolist())
-    code = np.arange(2**self.bits)
-    sign = 1.0 - 2 * (code >> (self.bits - 1))
-    field = (code >> self.mantissa) % 2**self.exponent
-    fraction = (code % 2**self.mantissa) / 2**self.mantissa
-    normal = (1 + fraction) * 2.0 ** (field - self.bias)
-    return tuple((sign * np.where(field > 0, normal, fraction * 2.0 ** (1 - self.bias))).tolist())
+    return tuple(sorted({v for v in _table(self) if np.isfinite(v) and abs(v) <= self.max}))
 
   def round(self, x, rounding=half_even):
     if self.exponent == 8:  # bfloat16: spacings below f32's smallest number; let XLA round.
@@ -189,12 +176,26 @@ class Float:
   def decode(self, codes):
     if self.dtype is not None:
       return codes.astype(jnp.float32)
-    return jnp.asarray(self._table(), jnp.float32)[codes.astype(jnp.int32)]
+    return jnp.asarray(_table(self), jnp.float32)[codes.astype(jnp.int32)]
 
 
 def clamp(x, low, high):
   """x within [low, high], as one operation."""
   return jax.lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
+
+
+@functools.lru_cache
+def _table(format):
+  """The value of each bit pattern of a Float."""
+  if format.dtype is not None:
+    word = np.uint16 if format.bits == 16 else np.uint8
+    return tuple(np.arange(2**format.bits).astype(word).view(format.dtype).astype(np.float32).tolist())
+  code = np.arange(2**format.bits)
+  sign = 1.0 - 2 * (code >> (format.bits - 1))
+  field = (code >> format.mantissa) % 2**format.exponent
+  fraction = (code % 2**format.mantissa) / 2**format.mantissa
+  normal = (1 + fraction) * 2.0 ** (field - format.bias)
+  return tuple((sign * np.where(field > 0, normal, fraction * 2.0 ** (1 - format.bias))).tolist())
 
 
 def _power_of_two(field):

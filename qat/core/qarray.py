@@ -170,7 +170,7 @@ def decode(q, dtype=jnp.float32):
   """dtype[*shape]. An array that is not a QArray, or None, is returned as it is.
 
   >>> decode(encode(jnp.array([[0.1, -1.0, 3.0]]), Spec(formats.FP4_E2M1, (None,))))
-  Array([[ 0. , -1. ,  3. ]], dtype=float32)
+  Array([[ 0., -1.,  3.]], dtype=float32)
   """
   return _decode(q, jnp.dtype(dtype)) if isinstance(q, QArray) else q
 

@@ -135,7 +135,7 @@ def _simple(codes, minimum):
 
   def read(data):
     d, *m, qs = _cut(data, *[2] * (1 + minimum), data.shape[-1] - 2 * (1 + minimum))
-    return dict(codes=unpack(qs), d=_f16(d)) | {'m': _f16(a) for a in m}
+    return dict(codes=unpack(qs), d=_f16(d)) | (dict(m=_f16(m[0])) if m else {})
 
   return lambda codes, d, **m: [_bytes(d), *map(_bytes, m.values()), pack(codes)], read
 

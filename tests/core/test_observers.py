@@ -65,7 +65,7 @@ def test_a_histogram_that_grew_is_the_histogram_of_all():
   batches[0][0] = -1
   state = observe(observers.Percentile(bins=64), TENSOR, [b.reshape(4, 32, 32) for b in batches])
   x = np.concatenate(batches)
-  x[0] = np.nextafter(-1, 0)                                             # The top is in the last bin.
+  x[0] = np.nextafter(np.float32(-1), np.float32(0))                   # The top is in the last bin.
   assert state.top == 8
   want = [np.histogram(np.abs(a), bins=64, range=(0, 8))[0] for a in (x[x < 0], x[x >= 0])]
   np.testing.assert_array_equal(state.counts, want)
@@ -95,7 +95,8 @@ def test_percentile_is_numpys_within_a_bin(percent):
   check(high, ALL, 1 - cut)
 
 
-@pytest.mark.parametrize('spec', [specs.integer(4, TENSOR), specs.affine(4, TENSOR), Spec(formats.UINT4, TENSOR)], ids=str)
+@pytest.mark.parametrize('spec', [specs.integer(4, TENSOR), specs.affine(4, TENSOR), Spec(formats.UINT4, TENSOR)],
+                         ids=str)
 def test_search_is_as_good_as_the_search_on_the_numbers(spec):
   batches = BATCHES if spec.format.min < 0 or spec.zero else [np.maximum(b, 0) for b in BATCHES]
   x = np.stack(batches).reshape(-1, 16, 32)
@@ -108,7 +109,8 @@ def test_search_is_as_good_as_the_search_on_the_numbers(spec):
 def test_entropy_of_one_batch_is_the_rules():
   x = RNG.standard_t(2, (8, 64, 32)).astype(np.float32)
   state = observe(observers.Entropy(), TENSOR, [x])
-  np.testing.assert_allclose(observers.Entropy().fit(state, INT8)[0].item(), ranges.Entropy()(x, INT8)[0].item(), rtol=1e-6)
+  got, want = observers.Entropy().fit(state, INT8)[0], ranges.Entropy()(x, INT8)[0]
+  np.testing.assert_allclose(got.item(), want.item(), rtol=1e-6)
 
 
 def test_an_unsigned_format_needs_nothing_below_zero():

@@ -9,13 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qat.core import codebooks, formats, qarray, specs
+from qat.core import formats, qarray, specs
 from qat.core.blocks import Flat
 from qat.core.qarray import Min, Spec, Zero
 
 X = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
 STORED = dict(int4=specs.integer(4, (32,)), int8=specs.integer(8, (None,)), fp8=specs.MXFP8, fp6=specs.MXFP6,
-              fp4=specs.NVFP4, nested=specs.NF4_DQ, kquant=specs.Q4_K, affine=specs.affine(4, (128, 1)[::-1]))
+              fp4=specs.NVFP4, nested=specs.NF4_DQ, kquant=specs.Q4_K, affine=specs.affine(4, (128,)))
 
 
 @pytest.fixture(params=STORED.values(), ids=STORED)

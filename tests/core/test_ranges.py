@@ -133,7 +133,7 @@ def test_entropy_clips_heavy_tails_and_keeps_ends_that_are_full():
 
 
 def test_shared_exponents_are_those_of_the_standards():
-  amax = np.float32([1, 1.5, 1.7499999, 1.75, 1.9999999, 2, 3.5, 5, 6, 6.0000005, 7, 1e-3, 448, 464, 3e38, 1e-38])
+  amax = np.float32([1, 1.5, 1.7499999, 1.75, 1.9999999, 2, 3.5, 5, 6, 6.0000005, 7, 1e-3, 448, 464, 1e38, 1e-38])
   x = np.zeros((len(amax), 32), np.float32)
   x[:, 3] = -amax
   floor = np.floor(np.log2(amax.astype(np.float64)))
