@@ -25,11 +25,11 @@ def test_the_mean_is_the_number_and_each_draw_a_neighbour():
     q.stream.count[...] = count
     return q(W)
 
-  draws = np.asarray(jax.vmap(draw, (None, 0))(state, jnp.arange(3000, dtype=jnp.uint32)))
+  draws = np.asarray(jax.vmap(draw, (None, 0))(state, jnp.arange(3000, dtype=jnp.uint32)), np.float64)
   scale = np.asarray(qarray.absmax(W, SPEC)[0])
   assert np.abs(draws - np.asarray(W)).max() < scale.max() * (1 + 1e-5)
   p = np.asarray(W) / scale - np.floor(np.asarray(W) / scale)
-  sigma = scale * np.sqrt(p * (1 - p) / len(draws)) + 1e-6                     # Of a Bernoulli draw's mean.
+  sigma = scale * np.sqrt(p * (1 - p) / len(draws)) + 1e-5                     # Of a Bernoulli draw's mean.
   assert (np.abs(draws.mean(0) - np.asarray(W)) / sigma).max() < 5
 
 
