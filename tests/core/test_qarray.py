@@ -142,3 +142,13 @@ def test_a_block_that_does_not_tile_says_which_axis():
     Spec(formats.INT4, 32)
   with pytest.raises(ValueError, match='whose zero is None. Give both, or neither'):
     qarray.encode(jnp.zeros((4, 32)), specs.Q4_0, jnp.ones((4, 1)), jnp.ones((4, 1)))
+
+
+def test_quotients_are_ieee_754s_in_any_program():
+  """XLA would turn x / 15 into x * (1 / 15), 1 / (x / 15) into 15 / x, and (x / 7) / 3 into x / 21."""
+  x = np.random.default_rng(0).uniform(0.5, 4, 4096).astype(np.float32)
+  fifteenth = x / np.float32(15)
+  got = jax.jit(lambda x: (qarray.divide(x, 15.0), qarray.reciprocal(qarray.divide(x, 15.0)),
+                           qarray.divide(qarray.divide(x, 7.0), 3.0)))(x)
+  for a, want in zip(got, (fifteenth, 1 / fifteenth, x / np.float32(7) / np.float32(3)), strict=True):
+    np.testing.assert_array_equal(a, want)
