@@ -1,6 +1,7 @@
 r"""MLP 64-128-128-10 on 8x8 digits, any quantizer at any width.
 
-RESULTS_DIGITS
+Seed 0, 500 test images: float 97.8 %, LSQ W2A2 with 8-bit ends 97.0 %. 10-20 seconds on 2 CPU cores.
+configs/quickstart.py has the means over seeds.
 python -m qat.run.train --config configs/digits.py:quantizer=lsq,bits=2 --workdir /tmp/digits
 Most wanted: `:quantizer=float`, `:bits=4`, `:first_last=2` (bits of the first and last layer; 8 unless said).
 """

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 from flax import nnx
 import pytest
@@ -37,6 +38,7 @@ def test_every_config_is_here():
 def test_docstring_says_how_to_run_it(file):
   doc = importlib.import_module(f'configs.{file}').__doc__
   assert f'--config configs/{file}.py' in doc
+  assert re.search(r'\d\.\d', doc), 'the docstring tells no result'
 
 
 @pytest.mark.parametrize('file', FILES)

@@ -48,6 +48,14 @@ def test_the_first_group_that_matches_wins():
                  'norm/scale': -0.1}
 
 
+def test_learned_steps_have_a_rate_of_their_own():
+  c = config(name='sgd', learning_rate=0.1, weight_decay=0.0, quantizer_rate_scale=0.3, clip_norm=0.0)
+  tx, _ = optim.optimizer(c, PARAMS)
+  updates, _ = tx.update(jax.tree.map(jnp.ones_like, PARAMS), tx.init(PARAMS), PARAMS)
+  assert float(updates['layers/0/quantizers/kernel/step'][0, 0]) == pytest.approx(-0.03)
+  assert float(updates['layers/0/kernel'][0, 0]) == pytest.approx(-0.1)
+
+
 @pytest.mark.parametrize('groups, words', [
     (((r'hed/.*', dict(weight_decay=0.0)),), 'No parameter is left for the optimizer.groups .*hed'),
     (((r'.*', dict(weight_decay=0.0)), (r'norm/.*', dict(weight_decay=0.1))), 'No parameter is left for .*norm'),
