@@ -117,8 +117,8 @@ def main():
   for name in args.recipes:
     trainers[name], compile_s[name] = trainer(network(name))
   if args.peers:
-    from benchmarks import peers
-    trainers |= peers.trainers(trainers['float'])
+    from benchmarks import peers  # Needs PyTorch: `make bench-peers` installs it.
+    trainers |= peers.trainers()
   times = measure(trainers, args.rounds)
   rows = []
   for name, seconds in times.items():
