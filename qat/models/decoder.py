@@ -18,18 +18,6 @@ import jax.numpy as jnp
 from qat.models import rope as ropes
 
 
-class Attention(nnx.Module):
-  """Causal softmax attention. A module of its own, so that another can be put in its place."""
-
-  def __call__(self, q, k, v):
-    """Mixes values by the softmax of q . k / sqrt(d): [b, t, h, d] each -> [b, t, h, d]."""
-    t, d = q.shape[1], q.shape[-1]
-    scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).astype(jnp.float32) / d ** 0.5  # [b, h, t, t]
-    past = jnp.tril(jnp.ones((1, 1, t, t), bool))
-    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(v.dtype)
-    return jnp.einsum('bhqk,bkhd->bqhd', weights, v)  # [b, t, h, d]
-
-
 class GELU(nnx.Module):
   """GPT's feed-forward layer: up, gelu, down."""
 
@@ -94,7 +82,10 @@ class Config:
 
 
 class SelfAttention(nnx.Module):
-  """Projects to queries, keys and values, attends, projects back."""
+  """Projects to queries, keys and values, attends, projects back.
+
+  `attention_fn` is an attribute, so that another can be put in its place.
+  """
 
   def __init__(self, config, linear, residual):
     self.config = config
@@ -102,7 +93,7 @@ class SelfAttention(nnx.Module):
     self.k = linear(config.width, config.kv_heads * config.head_dim)
     self.v = linear(config.width, config.kv_heads * config.head_dim)
     self.o = residual(config.heads * config.head_dim, config.width)
-    self.attention = Attention()
+    self.attention_fn = nnx.dot_product_attention
 
   def __call__(self, x):
     """f32[b, t, width] -> f32[b, t, width]."""
@@ -113,9 +104,8 @@ class SelfAttention(nnx.Module):
     v = split(self.v(x), self.config.kv_heads)  # [b, t, kv, d]
     if self.config.rope is not None:
       q, k = (self.config.rope(y, jnp.arange(t)) for y in (q, k))
-    share = self.config.heads // self.config.kv_heads
-    k, v = (jnp.repeat(y, share, axis=2) for y in (k, v))  # [b, t, h, d]
-    return self.o(self.attention(q, k, v).reshape(b, t, -1))
+    past = jnp.tril(jnp.ones((1, 1, t, t), bool))
+    return self.o(self.attention_fn(q, k, v, mask=past).reshape(b, t, -1))
 
 
 class Block(nnx.Module):

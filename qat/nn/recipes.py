@@ -37,6 +37,11 @@ def dynamic(weight_bits, input_bits, group=None):
   return weight_and_input(_int_weight(weight_bits, group), _int_input(input_bits), _int_input(input_bits, specs.TENSOR))
 
 
+def with_attention(recipe, bits):
+  """`recipe`, and integers for the queries, keys, values and probabilities of attention, a scale a row."""
+  return tuple(dataclasses.replace(rule, scores=_int_input(bits)) for rule in recipe)
+
+
 def weight_only(bits, group=None):
   """Integer weights, float inputs."""
   return weight_and_input(_int_weight(bits, group))
@@ -104,6 +109,7 @@ RECIPES = {
     'w4a4_dorefa': lambda: dorefa_net(4, 4), 'w2a2_dorefa': lambda: dorefa_net(2, 2),
     'w1a2g6_dorefa': lambda: dorefa_net(1, 2, 6),
     'w4a4_pact': lambda: pact_dorefa(4, 4), 'w2a2_pact': lambda: pact_dorefa(2, 2),
+    'w8a8_attention': lambda: with_attention(dynamic(8, 8), 8), 'w4a8_attention': lambda: with_attention(dynamic(4, 8), 8),
     'w4a8_stochastic': lambda: stochastic_rounding(4, 8),
     'bitnet': ternary, 'fp8': fp8,
     'mxfp8': lambda: standard(specs.MXFP8, ranges.ocp_floor), 'mxfp6': lambda: standard(specs.MXFP6, ranges.ocp_floor),

@@ -73,7 +73,8 @@ def test_attention_by_hand():
   q = jnp.array([5.0, 1.0]).reshape(1, 2, 1, 1)
   k = jnp.array([0.0, np.log(3.0)]).reshape(1, 2, 1, 1)
   v = jnp.array([8.0, 4.0]).reshape(1, 2, 1, 1)
-  np.testing.assert_allclose(decoder.Attention()(q, k, v).ravel(), [8.0, 5.0], rtol=1e-6)
+  attention = decoder.llama(nnx.Rngs(0), **SIZES).blocks[0].attention
+  np.testing.assert_allclose(attention.attention_fn(q, k, v, mask=jnp.tril(jnp.ones((1, 1, 2, 2), bool))).ravel(), [8.0, 5.0], rtol=1e-6)
 
 
 def test_shared_keys_equal_repeated_ones():
@@ -108,16 +109,13 @@ def test_linears_are_plain_and_found_by_path():
 
 def test_another_attention_can_be_put_in_its_place(build):
 
-  class First(nnx.Module):
+  def first(q, k, v, mask):
     """Every token looks at the first one only."""
-
-    def __call__(self, q, k, v):
-      assert q.shape == k.shape == v.shape
-      return jnp.broadcast_to(v[:, :1], v.shape)
+    return jnp.repeat(jnp.broadcast_to(v[:, :1], v.shape), q.shape[2] // v.shape[2], axis=2)
 
   model = build(nnx.Rngs(0), kv_heads=2, **SIZES)
   for block in model.blocks:
-    block.attention.attention = First()
+    block.attention.attention_fn = first
   changed = forward(model, TOKENS) != forward(model, TOKENS.at[:, 3].add(1) % 11)
   assert changed[:, 3].any() and not changed[:, 4:].any()
 
