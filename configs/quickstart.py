@@ -23,8 +23,9 @@ def get_config(arg=''):
       ('QAT W4A4', dict(name='w4a4_lsq')),
       ('QAT W2A2, ends W8A8', dict(name='w2a2_lsq', rules={'layers/0|layers/2': 'w8a8_lsq'})),
       ('QAT W2A2', dict(name='w2a2_lsq')))
-  # Steps and clip points move at a third of the weights' rate: 97.6 for 97.3 % with the ends at 8 bits (12 seeds).
-  config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=1e-4, quantizer_rate_scale=0.3)
+  # Learned steps move at a tenth of the weights' rate. On the last quarter of the training images, trained on the
+  # rest, 12 seeds: 96.9 % with the ends at 8 bits, for 96.6 at 0.3 and 96.3 at 1.
+  config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=1e-4, quantizer_rate_scale=0.1)
   config.total_steps = 600
   if arg.smoke:
     config.seeds = 2
