@@ -1,0 +1,93 @@
+"""Every named recipe trains, and serves what it trained, in float32 and bfloat16."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qat
+from qat.nn import recipes
+
+WIDTH = 128  # What every recipe's blocks tile.
+NAMES = [name for name in recipes.RECIPES if name != 'float']
+
+
+class Small(nnx.Module):
+  """A layer of each kind that a recipe may tell apart. Each has an input near 1, for grids of few and fixed steps."""
+
+  def __init__(self, rngs, dtype, attends=False):
+    self.embed = nnx.Embed(32, WIDTH, dtype=dtype, rngs=rngs)
+    self.conv = nnx.Conv(WIDTH, WIDTH, 1, dtype=dtype, rngs=rngs)
+    self.up = nnx.Linear(WIDTH, WIDTH, dtype=dtype, rngs=rngs)
+    self.head = nnx.Linear(WIDTH, WIDTH, use_bias=False, dtype=dtype, rngs=rngs)
+    self.attention_fn = nnx.dot_product_attention if attends else lambda q, k, v: v
+
+  def __call__(self, tokens):
+    x = 16 * self.embed(tokens)
+    q = self.up(x)[:, :, None]
+    return self.head(x + self.conv(x) + self.attention_fn(q, q, q)[:, :, 0])
+
+
+TOKENS = jnp.arange(8).reshape(2, 4) * 3
+
+
+@nnx.jit
+def outputs_and_gradients(model):
+  loss = lambda m: (jnp.mean(jax.nn.logsumexp((y := m(TOKENS)).astype(jnp.float32), -1)), y)
+  g, y = nnx.grad(loss, has_aux=True)(model)
+  return y, g
+
+
+run = nnx.jit(lambda model: model(TOKENS))
+
+
+def make(name, dtype):
+  model = Small(nnx.Rngs(0), dtype and jnp.dtype(dtype), attends='attention' in name)
+  return qat.calibrate(qat.quantize(model, recipes.get(name)), [TOKENS])
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_serves_what_it_trains(name, dtype):
+  model = make(name, dtype)
+  frozen = qat.freeze(model)
+  y, g = outputs_and_gradients(model)
+  assert y.dtype == jnp.dtype(dtype)
+  np.testing.assert_array_equal(np.asarray(run(frozen), np.float32), np.asarray(y, np.float32))
+  for path, p in nnx.to_flat_state(g):
+    slope = np.asarray(p[...])
+    assert np.isfinite(slope).all() and (slope.any() or 'kernel' not in path), path
+  weights = {r.path: r.weight for r in qat.explain(frozen).rows if r.kind in ('Linear', 'Conv', 'Embed')}
+  assert len(weights) == 4 and all(w.startswith('codes Spec(') for w in weights.values())
+
+
+@pytest.mark.parametrize('name, bits', [('w8a8', 8), ('w4a8', 4), ('w2a2', 2), ('w4a16_g128', 4 + 32 / 128),
+                                        ('mxfp4', 4.25), ('nvfp4', 4.5), ('q4_0', 4.5), ('nf4', 4.5)])
+def test_bits_are_those_of_the_name(name, bits):
+  rows = {r.path: r for r in qat.explain(make(name, None)).rows}
+  scales = 32 / WIDTH if name in ('w8a8', 'w4a8', 'w2a2') else 32 / WIDTH**2 if name == 'nvfp4' else 0
+  assert rows['up'].bits_per_weight == pytest.approx(bits + scales)
+
+
+def test_float_leaves_everything_in_floats():
+  model = qat.quantize(Small(nnx.Rngs(0), None), recipes.get('float'))
+  assert type(model.up) is nnx.Linear and qat.explain(model).bits_per_weight == 32
+
+
+def test_a_family_takes_bits():
+  assert repr(recipes.family('lsq', 2, 2)) == repr(recipes.get('w2a2_lsq'))
+  rules = recipes.resolve({'quantizer': 'ste', 'weight_bits': 3, 'input_bits': 5, 'rules': {'head': 'w8a8'}})
+  rows = {r.path: r for r in qat.explain(qat.quantize(Small(nnx.Rngs(0), None), rules)).rows}
+  assert 'INT3' in rows['up'].weight and 'INT8' in rows['head'].weight
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: recipes.get('w4a9'), r"recipe 'w4a9': there is none of that name. Did you mean 'w4a8'\?"),
+    (lambda: recipes.family('lsqq', 2, 2), r"quantizer 'lsqq': there is none of that name. Did you mean 'lsq'\?"),
+    (lambda: recipes.resolve({'name': 'w4a8', 'bits': 3}), r"\['bits'\] mean nothing to it"),
+    (lambda: recipes.resolve({'name': 'w4a8', 'weight_bits': 3}), "'name' settles everything"),
+    (lambda: recipes.resolve({'quantizer': 'lsq', 'weight_bits': 3}), "a family needs 'quantizer'")])
+def test_wrong_recipes_say_what_is_known(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
