@@ -75,7 +75,7 @@ def explain(model):
 
 def _weight_row(site, seen):
   """The row of a layer's weight or of a bare Param."""
-  q = vars(site.module).get('quantizers')
+  q = quantized.of(site.module)
   weight = q and vars(q.weights).get(site.name)
   value = site.variable.get_value()
   inputs = _describe(q.input) if q and q.input is not None else '-'
@@ -95,7 +95,7 @@ def _weight_row(site, seen):
 
 
 def _attention_row(site):
-  q = vars(site.module).get('quantizers')
+  q = quantized.of(site.module)
   scores = '-' if q is None or q.scores is None else _describe(q.scores.query)
   note = '' if scores != '-' else 'no rule gives it a scores quantizer'
   return Row(site.path, 'Attention', (), '-', scores, 0, 0, note)
@@ -109,7 +109,7 @@ def quantized_weights(model):
   """path -> (the float matrices or None if frozen, their QArray), f32[*lead, in, out]; each array once."""
   found, seen = {}, set()
   for site in rules.sites(model):
-    q = vars(site.module).get('quantizers')
+    q = quantized.of(site.module)
     weight = q and vars(q.weights).get(site.name)
     if weight and id(site.variable) not in seen:
       seen.add(id(site.variable))

@@ -152,13 +152,15 @@ def quantized_type(cls):
   return Layer
 
 
-def is_quantized(module):
-  return 'quantizers' in vars(module) and hasattr(type(module), 'float_class')
+def of(module):
+  """The Quantizers of a module, or None."""
+  q = vars(module).get('quantizers')
+  return q if isinstance(q, Quantizers) else None
 
 
 def attach(module, path, lead=()):
   """Makes `module`, in place, an instance of its quantized type; returns its Quantizers."""
-  if not is_quantized(module):
+  if of(module) is None:
     if hasattr(module, 'quantizers'):
       raise ValueError(f"'{path}', a {type(module).__name__}, has an attribute 'quantizers' of its own, where its "
                        'quantizers would go. Rename it, or leave its path in floats by a rule.')
@@ -169,7 +171,7 @@ def attach(module, path, lead=()):
 
 def layers(model):
   """path -> layer, for the quantized layers of `model`, in the order of `walk`."""
-  return {path: m for path, m in walk(model) if is_quantized(m)}
+  return {path: m for path, m in walk(model) if of(m) is not None}
 
 
 def walk(module, path=(), seen=None):
@@ -180,5 +182,5 @@ def walk(module, path=(), seen=None):
   seen.add(id(module))
   yield '/'.join(path), module
   for name, child in vars(module).items():
-    if isinstance(child, nnx.Module) and name != 'quantizers':
+    if isinstance(child, nnx.Module) and not isinstance(child, Quantizers):
       yield from walk(child, (*path, name), seen)

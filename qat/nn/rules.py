@@ -56,7 +56,7 @@ class Site:
   @property
   def layout(self):
     """Its weight's Layout."""
-    quantizers = vars(self.module).get('quantizers')
+    quantizers = quantized.of(self.module)
     if quantizers is not None and self.name in vars(quantizers.weights):
       return vars(quantizers.weights)[self.name].layout
     layer = layouts.layer_type(self.module)
