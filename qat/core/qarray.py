@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
 
 from qat.core import blocks, formats, rounding as rounding_
-from qat.core.rounding import exact
+from qat.core.rounding import Arrays, exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Spec:
   Spec(FP4_E2M1, (32,), scale=Spec(E8M0, None))
   """
   format: formats.Format
-  block: tuple | blocks.Flat | None
+  block: Any  # tuple, Flat or None: checked below.
   scale: 'Spec | None' = None  # None: float32.
   zero: Zero | Min | None = None
 
@@ -78,9 +81,9 @@ class Spec:
 @dataclasses.dataclass(frozen=True)
 class QArray:
   """An array on a grid. `decode` gives its numbers, in f32."""
-  codes: jax.Array                      # [*shape], in the format's storage type.
-  scale: 'jax.Array | QArray | None'    # [*shape / block].
-  zero: 'jax.Array | QArray | None'     # Broadcasts to the scale's shape.
+  codes: Any       # Array[*shape], in the format's storage type (also shapes only, or shardings: a pytree).
+  scale: Any       # Array, QArray or None: [*shape / block].
+  zero: Any        # Likewise; broadcasts to the scale's shape.
   spec: Spec = dataclasses.field(metadata=dict(static=True))
 
   shape = property(lambda self: self.codes.shape)
@@ -94,7 +97,7 @@ class QArray:
                for a in (self.scale, self.zero) if a is not None) + self.spec.format.bits * self.codes.size
 
 
-def reciprocal(scale):
+def reciprocal(scale: Float[Arrays, '*s']) -> Float[Array, '*s']:
   """1 / scale, and 0 where the scale is 0.
 
   Encoding multiplies by it, and never divides: XLA rewrites some divisions by a broadcast array,
@@ -113,7 +116,7 @@ def divide(x, divisor):
   return exact(x / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x)))
 
 
-def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
+def encode(x: Float[Arrays, '*shape'], spec: Spec, scale=None, zero=None, rounding=rounding_.half_even) -> QArray:
   """Rounds `x` to the grid of `spec`.
 
   Args:
@@ -136,7 +139,8 @@ def encode(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
   return _traced_once(_encode, rounding)(x, scale, zero, spec, rounding)
 
 
-def fake(x, spec, scale=None, zero=None, rounding=rounding_.half_even):
+def fake(x: Float[Arrays, '*shape'], spec: Spec, scale=None, zero=None,
+         rounding=rounding_.half_even) -> Float[Array, '*shape']:
   """decode(encode(x, ...)), bit for bit, in the dtype of `x` and without making codes."""
   return _traced_once(_fake, rounding)(x, scale, zero, spec, rounding)
 
@@ -183,7 +187,7 @@ def _decode(q, dtype):
   return cast(value, dtype)
 
 
-def cast(x, dtype):
+def cast(x: Float[Arrays, '*shape'], dtype) -> Float[Array, '*shape']:
   """`x` in `dtype`, rounded even where XLA would rather keep the excess precision."""
   if x.dtype == dtype:
     return x

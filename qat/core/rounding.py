@@ -9,9 +9,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+Arrays = jax.Array | np.ndarray
 
 
-def exact(x):
+def exact(x: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """`x`, rounded to its dtype before it is added to anything.
 
   LLVM contracts a * b + c into one fused multiply-add where it can, and so gives other last bits
@@ -21,35 +25,35 @@ def exact(x):
   return jnp.clip(x, -largest, largest)
 
 
-def half_even(u):
+def half_even(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """IEEE 754's default and the unbiased one: 0.5 -> 0, 1.5 -> 2, -2.5 -> -2."""
   return jax.lax.round(u, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
-def half_away(u):
+def half_away(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """C's `round`, LiteRT and GGUF's Q8_0: 0.5 -> 1, -0.5 -> -1."""
   u = exact(u)
   whole = jnp.trunc(u)
   return whole + jnp.where(jnp.abs(u - whole) >= 0.5, jnp.sign(u), jnp.zeros_like(u))
 
 
-def half_up(u):
+def half_up(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """floor(u + 1/2): 0.5 -> 1, -0.5 -> 0."""
   nearest = half_even(u)
   return jnp.where(u - nearest == 0.5, nearest + 1, nearest)
 
 
-def floor(u):
+def floor(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """Towards minus infinity."""
   return jnp.floor(u)
 
 
-def ceil(u):
+def ceil(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """Towards plus infinity."""
   return jnp.ceil(u)
 
 
-def truncate(u):
+def truncate(u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
   """Towards zero."""
   return jnp.trunc(u)
 
@@ -65,7 +69,7 @@ class Stochastic:
   """
   key: jax.Array
 
-  def __call__(self, u):
+  def __call__(self, u: Float[Arrays, '*shape']) -> Float[Array, '*shape']:
     u = exact(u)
     whole = jnp.floor(u)
     draw = jax.random.uniform(self.key, u.shape, u.dtype)

@@ -6,6 +6,7 @@ Inference, CVPR 2018, Sec. 2.2-2.3. https://arxiv.org/abs/1712.05877
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qat.core import formats, qarray
 
@@ -20,7 +21,7 @@ def fits(q, axis):
   return whole and scale.ndim == q.ndim and scale.shape[axis] == 1
 
 
-def matmul(x, w):
+def matmul(x: qarray.QArray, w: qarray.QArray) -> Float[Array, '...']:
   """x @ w of two integer QArrays: exact in int32, then one product by the scales.
 
   Args:

@@ -138,7 +138,8 @@ def reestimate_batch_norm(model, batches, apply=None):
     return nnx.state(working, nnx.BatchStat)
 
   total, count = None, 0
-  for count, batch in enumerate(batches, 1):
+  for batch in batches:
+    count += 1
     seen = jax.tree.map(np.asarray, statistics(working, batch))  # Copies: the next batch writes to `working`.
     total = seen if total is None else jax.tree.map(np.add, total, seen)
   if not count:

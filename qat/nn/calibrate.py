@@ -88,8 +88,9 @@ def _pass_batches(watched, batches, apply):
     apply(model, batch)
 
   count = 0
-  for count, batch in enumerate(batches, 1):
+  for batch in batches:
     step(watched, batch)
+    count += 1
   if not count:
     raise ValueError('calibrate was given no batch: ranges come from the numbers in them. '
                      'Give an iterable with at least one; a generator is used up after one pass.')
@@ -119,7 +120,9 @@ def _channels(layer, slot):
     return layout.shape[layout.outputs[-1]]
   if kind is nnx.Conv:
     return layer.in_features
-  return layout.shape[layout.inputs[-1]] if kind is nnx.ConvTranspose else math.prod(layout.shape[a] for a in layout.inputs)
+  if kind is nnx.ConvTranspose:
+    return layout.shape[layout.inputs[-1]]
+  return math.prod(layout.shape[a] for a in layout.inputs)
 
 
 def _fitted(quantizer, watch, place):

@@ -14,7 +14,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.nn import dot, weights
+from qat.nn import dot
 
 
 class Quantizers(nnx.Module):

@@ -4,6 +4,7 @@ import abc
 
 from flax import nnx
 import jax
+from jaxtyping import Array, Float
 
 from qat.core import blocks, qarray
 
@@ -80,7 +81,7 @@ class Quantizer(nnx.Module):
 
 
 @jax.custom_jvp
-def straight_through(x, x_hat):
+def straight_through(x: Float[Array, '*shape'], x_hat: Float[Array, '*shape']) -> Float[Array, '*shape']:
   """`x_hat`, with the gradient of `x`.
 
   Not x + stop_gradient(x_hat - x): in bfloat16 that sum leaves the grid.

@@ -14,13 +14,17 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qat.core import blocks, observers, qarray, ranges
 from qat.quantizers import base, static
 
+MEAN_ABS = observers.MeanAbs()
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def lsq(v, s, spec, gradient_scale):
+def lsq(v: Float[Array, '*shape'], s: Float[Array, '*blocks'], spec: qarray.Spec,
+        gradient_scale: float) -> Float[Array, '*shape']:
   """Rounds `v` to the grid of step `s` (Eqs. 1-2), with the gradients of Sec. 2.1.
 
   Args:
@@ -57,7 +61,7 @@ def paper_gradient_scale(v_size, s_size, spec):
 
 class LSQ(base.Quantizer):
 
-  def __init__(self, spec, rule=ranges.lsq_init, observer=observers.MeanAbs(), unsigned=None):
+  def __init__(self, spec, rule=ranges.lsq_init, observer=MEAN_ABS, unsigned=None):
     """`unsigned`: the Spec to use instead if calibration sees no negative number."""
     if spec.zero is not None:
       raise ValueError(f'LSQ({spec}): the spec has a zero, and LSQ learns a scale alone. '

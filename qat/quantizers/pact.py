@@ -10,13 +10,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qat.core import formats, qarray
 from qat.quantizers import base, static
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def pact(x, alpha, spec):
+def pact(x: Float[Array, '*shape'], alpha: Float[Array, '*ones'], spec: qarray.Spec) -> Float[Array, '*shape']:
   """round(clip(x, 0, alpha) (2^k - 1) / alpha) alpha / (2^k - 1)  (Eqs. 1-2).
 
   Args:

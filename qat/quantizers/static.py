@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from qat.core import observers, qarray
 from qat.quantizers import base
 
+MIN_MAX = observers.MinMax()
+
 
 @jax.custom_jvp
 def clipped_straight_through(x, x_hat, is_inside):
@@ -29,7 +31,7 @@ def _jvp(primals, tangents):
 
 class Static(base.Quantizer):
 
-  def __init__(self, spec, rule=qarray.absmax, observer=observers.MinMax(), unsigned=None):
+  def __init__(self, spec, rule=qarray.absmax, observer=MIN_MAX, unsigned=None):
     """`unsigned`: the Spec to use instead if calibration sees no negative number."""
     self.spec, self.rule, self.observer, self.unsigned = spec, rule, observer, unsigned
     self.scale, self.zero = nnx.data(None), nnx.data(None)

@@ -88,6 +88,7 @@ def test_fits_says_which_products_are_whole():
 
 
 def test_the_program_multiplies_int8_into_int32():
-  x, w = (qarray.encode(jnp.ones(s), specs.integer(8, b)) for s, b in (((8, 64), specs.TOKEN), ((64, 32), specs.CHANNEL)))
+  x = qarray.encode(jnp.ones((8, 64)), specs.integer(8, specs.TOKEN))
+  w = qarray.encode(jnp.ones((64, 32)), specs.integer(8, specs.CHANNEL))
   program = jax.jit(integer.matmul).lower(x, w).as_text()  # tests/nn/test_dot.py reads the compiled one.
   assert '(tensor<8x64xi8>, tensor<64x32xi8>) -> tensor<8x32xi32>' in program

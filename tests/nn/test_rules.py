@@ -49,11 +49,13 @@ def test_kind_is_the_layers_class():
 
 @pytest.mark.parametrize('recipe, message', [
     ((), r'The recipe is empty.*Give at least Rule'),
-    ((qat.Rule('hed', W4),), r"No layer matches the rules \['hed'\].*The layers are \['position', 'conv', 'blocks/0'.*Did you mean 'head'"),
+    ((qat.Rule('hed', W4),),
+     r"No layer matches the rules \['hed'\].*The layers are \['position', 'conv', 'blocks/0'.*Did you mean 'head'"),
     ((qat.Rule('zzzz', W4), qat.Rule('.*', W4)), r"\['zzzz'\].*A path is matched whole"),
     ((qat.Rule('.*', W4), qat.Rule('head', W8)), r"The rules \['head'\] take effect nowhere.*Put them earlier"),
     ((qat.Rule('head', W4, kind='Conv'),), r"The rules \['head'\] take effect nowhere"),
-    ((qat.Rule('head', STE(specs.integer(4, (32, 1)))),), r"Layer 'head', whose weight is 4 inputs x 2 outputs.*does not tile"),
+    ((qat.Rule('head', STE(specs.integer(4, (32, 1)))),),
+     r"Layer 'head', whose weight is 4 inputs x 2 outputs.*does not tile"),
     ((qat.Rule('head', pact.PACT(4)),), r"Layer 'head'.*it clips at 0"),
 ])
 def test_wrong_recipes(recipe, message):

@@ -178,7 +178,8 @@ class Attention(nnx.Module):
 
 
 SPELLINGS = {
-    '@': lambda x, p: x @ p, 'jnp.dot': lambda x, p: jnp.dot(x, p[...]), 'jnp.matmul': lambda x, p: jnp.matmul(x, p[...]),
+    '@': lambda x, p: x @ p, 'jnp.dot': lambda x, p: jnp.dot(x, p[...]),
+    'jnp.matmul': lambda x, p: jnp.matmul(x, p[...]),
     'jnp.einsum': lambda x, p: jnp.einsum('bi,io->bo', x, p[...]), '.T': lambda x, p: (p.T @ x.T).T,
     'jax.lax.dot': lambda x, p: jax.lax.dot(x, p.get_value()),
     'vmap': lambda x, p: jax.vmap(lambda row: row @ p[...])(x)}

@@ -171,7 +171,8 @@ def test_compiles_once():
     step(members, x + i)
   assert len(traces) == 1
   moved = jax.tree.map(lambda a, b: (np.asarray(a) != b).any(), nnx.state(members, base.StepSize), before)
-  assert all(jax.tree.leaves(moved)) and len(jax.tree.leaves(moved)) == sum(n.startswith(('lsq', 'pact')) for n in MEMBERS)
+  assert all(jax.tree.leaves(moved))
+  assert len(jax.tree.leaves(moved)) == sum(n.startswith(('lsq', 'pact')) for n in MEMBERS)
 
 
 @pytest.mark.parametrize('quantizer', [static.Static(UINT4), lsq.LSQ(UINT4)], ids=['static', 'lsq'])
