@@ -25,8 +25,8 @@ def trainers():
       'qwix w8a8': _qwix(weight_qtype='int8', act_qtype='int8'),
       'qwix w4 g64': _qwix(weight_qtype='int4', tile_size=64),
       'torch float': Torch(),
-      'torchao w8a8': Torch(weight=_fake('int8', PerAxis(0)), activation=_fake('int8', 'per_token', is_symmetric=False)),
-      'torchao w4 g64': Torch(weight=_fake('int4', PerGroup(64)))}
+      'torchao w8a8': Torch(_fake('int8', PerAxis(0)), _fake('int8', 'per_token', is_symmetric=False)),
+      'torchao w4 g64': Torch(_fake('int4', PerGroup(64)))}
 
 
 def baseline(name):

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
 
 from qat.core import blocks, formats, rounding as rounding_
 from qat.core.rounding import Arrays, exact

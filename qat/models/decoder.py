@@ -12,7 +12,6 @@ import dataclasses
 import functools
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 
 from qat.models import rope as ropes
@@ -181,6 +180,7 @@ def gpt(rngs, *, width, heads, dtype=None, **fields):
     width, heads, **fields: those of Config; the form, kv_heads, head_dim and ffn_width have GPT-2's defaults.
     dtype: what the layers compute in.
 
+  >>> import jax
   >>> model = gpt(nnx.Rngs(0), vocab_size=65, context_length=128, width=128, layers=5, heads=4)
   >>> sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
   1016320

@@ -74,7 +74,9 @@ def test_attention_by_hand():
   k = jnp.array([0.0, np.log(3.0)]).reshape(1, 2, 1, 1)
   v = jnp.array([8.0, 4.0]).reshape(1, 2, 1, 1)
   attention = decoder.llama(nnx.Rngs(0), **SIZES).blocks[0].attention
-  np.testing.assert_allclose(attention.attention_fn(q, k, v, mask=jnp.tril(jnp.ones((1, 1, 2, 2), bool))).ravel(), [8.0, 5.0], rtol=1e-6)
+  mask = jnp.tril(jnp.ones((1, 1, 2, 2), bool))
+  mixed = attention.attention_fn(q, k, v, mask=mask)
+  np.testing.assert_allclose(mixed.ravel(), [8.0, 5.0], rtol=1e-6)
 
 
 def test_shared_keys_equal_repeated_ones():
