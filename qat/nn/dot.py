@@ -73,7 +73,7 @@ def product(quantizers, x, w, weight, variable):
   Returns:
     f32[*batch, *rows, *outputs], from exact sums of codes, if both grids are integers; else None.
   """
-  if not isinstance(quantizers.input, base.Quantizer):  # It only watches, for calibration.
+  if x.size == 0 or not isinstance(quantizers.input, base.Quantizer):  # What only watches, for calibration.
     return None
   x_hat, x_codes = quantizers.place(x, quantizers.input.both)
   w_codes = weight.encode(variable)

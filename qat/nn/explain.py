@@ -64,12 +64,15 @@ def explain(model):
   for site in rules.sites(model):
     rows.append(_attention_row(site) if site.kind == 'Attention' else _weight_row(site, seen))
   for path, module in quantized.walk(model):
-    for name, variable in vars(module).items():
+    for name, variable in quantized.children(module):
       if isinstance(variable, nnx.Param) and id(variable) not in seen:
         array = variable.get_value()
         seen[id(variable)] = name
+        note = 'no rule names it: gains, biases and vectors stay in floats'
+        if '/' in name and array.ndim > 1:
+          note = 'held by a plain list or dict: rules reach those of nnx.List and nnx.Dict'
         rows.append(Row(f'{path}/{name}'.lstrip('/'), 'Param', array.shape, '-', '-', 8 * array.dtype.itemsize,
-                        array.nbytes, 'no rule names it: gains, biases and vectors stay in floats'))
+                        array.nbytes, note))
   return Explanation(tuple(rows))
 
 

@@ -34,7 +34,9 @@ class Quantizers(nnx.Module):
     self.input, self.output, self.gradient, self.scores = (nnx.data(None) for _ in range(4))
 
   def place(self, x, quantizer):
-    """quantizer(x) for the layer's input, whose errors name the layer."""
+    """quantizer(x) for the layer's input or output; errors name the layer."""
+    if x.size == 0:  # No number has no range, and is on every grid.
+      return x
     try:
       return quantizer(x)
     except ValueError as e:
@@ -63,7 +65,7 @@ def call(quantizers, forward, args, kwargs, input_at_call):
     bound.arguments[name] = q.place(_as_float(x), q.input)
     args, kwargs = bound.args, bound.kwargs
   y = forward(*args, **kwargs)
-  y = y if q.output is None else q.output(y)
+  y = y if q.output is None else q.place(y, q.output)
   y = y if q.gradient is None else q.gradient(y)
   q.advance()
   return y
@@ -181,6 +183,24 @@ def walk(module, path=(), seen=None):
     return
   seen.add(id(module))
   yield '/'.join(path), module
-  for name, child in vars(module).items():
+  for name, child in children(module):
     if isinstance(child, nnx.Module) and not isinstance(child, Quantizers):
       yield from walk(child, (*path, name), seen)
+
+
+def children(module):
+  """(name, value) for the attributes of a module, and for what lists, tuples and dicts among them hold."""
+
+  def inside(name, value):
+    if isinstance(value, dict):
+      items = value.items()
+    elif isinstance(value, (list, tuple)):
+      items = enumerate(value)
+    else:
+      yield name, value
+      return
+    for key, item in items:
+      yield from inside(f'{name}/{key}', item)
+
+  for name, value in vars(module).items():
+    yield from inside(name, value)

@@ -96,7 +96,8 @@ def ternary():
 RECIPES = {
     'w8a8': lambda: dynamic(8, 8), 'w4a8': lambda: dynamic(4, 8), 'w4a4': lambda: dynamic(4, 4),
     'w2a2': lambda: dynamic(2, 2),
-    'w4a8_g64': lambda: dynamic(4, 8, 64), 'w4a8_g128': lambda: dynamic(4, 8, 128),
+    'w4a8_g32': lambda: dynamic(4, 8, 32), 'w4a8_g64': lambda: dynamic(4, 8, 64),
+    'w4a8_g128': lambda: dynamic(4, 8, 128),
     'w8a16': lambda: weight_only(8), 'w4a16': lambda: weight_only(4), 'w3a16': lambda: weight_only(3),
     'w2a16': lambda: weight_only(2),
     'w4a16_g32': lambda: weight_only(4, 32), 'w4a16_g64': lambda: weight_only(4, 64),

@@ -12,7 +12,7 @@ import pytest
 
 import qat
 from qat.core import specs
-from qat.nn import explain
+from qat.nn import explain, recipes
 from qat.quantizers import lsq, stochastic
 from qat.quantizers.ste import STE
 from tests.nn import zoo
@@ -153,6 +153,25 @@ def test_a_quantized_model_trains_splits_merges_and_copies():
   for other in (nnx.merge(graph, state), nnx.clone(model), copy.deepcopy(model)):
     np.testing.assert_array_equal(run({'m': other}, {'m': x})['m'], y)
   assert 'QuantizedLinear' in repr(model)
+
+
+def test_what_plain_containers_hold_is_explained():
+  rows = {r.path: r for r in qat.explain(qat.quantize(zoo.PlainContainers(nnx.Rngs(0)), recipe('channel'))).rows}
+  assert rows['layers/0'].weight != '-' and rows['layers/1/last'].weight != '-' and rows['gains/0'].weight == '-'
+  assert rows['gains/0'].note == 'held by a plain list or dict: rules reach those of nnx.List and nnx.Dict'
+
+
+@pytest.mark.parametrize('name', ['w8a8', 'w2a2_lsq', 'w4a4_pact', 'mxfp4'])
+def test_an_empty_batch_is_an_empty_batch(name):
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.conv, self.linear = nnx.Conv(32, 32, 1, rngs=rngs), nnx.Linear(32, 32, rngs=rngs)
+    def __call__(self, x):
+      return self.linear(self.conv(x))
+
+  model = qat.calibrate(qat.quantize(Model(nnx.Rngs(0)), recipes.get(name)), [jnp.ones((2, 4, 32))])
+  for m in (model, qat.freeze(model)):
+    assert m(jnp.ones((0, 4, 32))).shape == (0, 4, 32)
 
 
 def test_train_and_eval_reach_the_layers_inside():

@@ -75,6 +75,18 @@ class Containers(nnx.Module):
     return x
 
 
+class PlainContainers(nnx.Module):
+  """Layers in plain lists and dicts."""
+
+  def __init__(self, rngs, dtype=None):
+    linear = functools.partial(nnx.Linear, WIDTH, WIDTH, dtype=dtype, rngs=rngs)
+    self.layers = nnx.data([linear(), {'last': linear()}])
+    self.gains = nnx.data((nnx.Param(jnp.ones((1, WIDTH))),))
+
+  def __call__(self, x):
+    return self.layers[1]['last'](nnx.relu(self.layers[0](x))) * self.gains[0].astype(x.dtype)
+
+
 class Block(nnx.Module):
   """Of a stack: a layer, a Param and a gain."""
 
@@ -184,7 +196,9 @@ SPELLINGS = {
     'jax.lax.dot': lambda x, p: jax.lax.dot(x, p.get_value()),
     'vmap': lambda x, p: jax.vmap(lambda row: row @ p[...])(x)}
 MODELS = {'bare ' + name: functools.partial(Bare, spell) for name, spell in SPELLINGS.items()} | {
-    'other methods': OtherMethods, 'shared': Shared, 'tied': Tied, 'containers': Containers, 'scanned': Scanned,
+    'other methods': OtherMethods, 'shared': Shared, 'tied': Tied, 'containers': Containers,
+    'plain containers': PlainContainers,
+    'scanned': Scanned,
     'ensemble': Ensemble, 'remat': Remat, 'subclasses': Subclasses, 'oddities': Oddities, 'attention': Attention}
 
 
