@@ -66,9 +66,22 @@ class Spec:
   zero: Zero | Min | None = None
 
   def __post_init__(self):
+    if not isinstance(self.format, formats.Format):
+      raise TypeError(f'Spec.format {self.format!r} is a {type(self.format).__name__}, and no format. '
+                      'Pick one of qat.formats, such as formats.INT4.')
+    for field, kinds, example in (('scale', Spec, 'specs.E8M0'), ('zero', (Zero, Min), 'qat.Zero(formats.UINT4)')):
+      value = getattr(self, field)
+      if value is not None and not isinstance(value, kinds):
+        raise TypeError(f'Spec.{field} {value!r} is a {type(value).__name__}. Give None for float32, or a value such '
+                        f'as {example}.')
     if self.block is not None and not isinstance(self.block, (tuple, blocks.Flat)):
       raise TypeError(f'Spec.block {self.block!r} is a {type(self.block).__name__}: a block is a tuple '
                       "over the trailing axes, a Flat, or None. Write (32,) for runs of 32.")
+    sizes = self.block if isinstance(self.block, tuple) else ()
+    sizes = sizes[1:] if sizes[:1] == (...,) else sizes
+    if not all(b is None or (isinstance(b, int) and b > 0) for b in sizes):
+      raise ValueError(f'Spec.block {self.block}: an entry is a size of 1 or more, or None for the whole axis; the '
+                       'first may be ... for all leading axes. Write (32,), (None, 1) or (...,).')
 
   def __repr__(self):
     rest = f', scale={self.scale}' * (self.scale is not None) + f', zero={self.zero}' * (self.zero is not None)
@@ -135,13 +148,26 @@ def encode(x: Float[Arrays, '*shape'], spec: Spec, scale=None, zero=None, roundi
   >>> decode(q)
   Array([[ 0., -4.,  7.,  1.]], dtype=float32)
   """
+  _check(x, spec)
   return _traced_once(_encode, rounding)(x, scale, zero, spec, rounding)
 
 
 def fake(x: Float[Arrays, '*shape'], spec: Spec, scale=None, zero=None,
          rounding=rounding_.half_even) -> Float[Array, '*shape']:
   """decode(encode(x, ...)), bit for bit, in the dtype of `x` and without making codes."""
+  _check(x, spec)
   return _traced_once(_fake, rounding)(x, scale, zero, spec, rounding)
+
+
+def _check(x, spec):
+  """Raises unless `x` is an array of real numbers and `spec` a Spec."""
+  if not isinstance(spec, Spec):
+    raise TypeError(f'The grid {spec!r} is a {type(spec).__name__}, and no Spec. Give a qat.Spec, or one of qat.specs.')
+  if not hasattr(x, 'dtype'):
+    what = 'which has codes already: qat.decode it first' if isinstance(x, QArray) else 'and no array: give a jax.Array'
+    raise TypeError(f'What is put on {spec} is a {type(x).__name__}, {what}.')
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    raise TypeError(f'An array of {x.dtype} is put on {spec}, whose numbers are real. Encode x.real and x.imag each.')
 
 
 def _traced_once(f, rounding):

@@ -1,5 +1,7 @@
 """The multilayer perceptron: linear layers with a relu between."""
 
+import math
+
 from flax import nnx
 
 
@@ -27,7 +29,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x):
     """Scores the classes: f32[b, ...] -> f32[b, classes]. Each example is flattened."""
-    x = x.reshape(x.shape[0], -1)  # [b, inputs]
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [b, inputs]
     for layer in self.layers[:-1]:
       x = nnx.relu(layer(x))
     return self.layers[-1](x)

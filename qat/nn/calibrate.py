@@ -49,6 +49,9 @@ def calibrate(model, batches, apply=None):
   Returns:
     A model of the same class, whose quantizers have their ranges.
   """
+  if isinstance(batches, (jax.Array, np.ndarray)):
+    raise TypeError(f'calibrate was given one array of shape {batches.shape}: it takes an iterable of batches. '
+                    'Write [x], or list(x) if its first axis counts batches.')
   model = nnx.clone(model)
   waiting = _waiting(model)
   if not waiting:

@@ -1,5 +1,6 @@
 """Recipes: which layer gets which quantizers."""
 
+from collections.abc import Iterable
 import dataclasses
 import difflib
 import re
@@ -33,6 +34,19 @@ class Rule:
   gradient: nnx.Module | None = None
   scores: base.Quantizer | None = None
   kind: str = '.*'
+
+  def __post_init__(self):
+    for field in ('path', 'kind'):
+      try:
+        re.compile(getattr(self, field))
+      except (re.error, TypeError) as error:
+        raise ValueError(f'Rule.{field} {getattr(self, field)!r} is no regular expression: {error}. '
+                         "Write '.*' for anything.") from error
+    for field in ('weight', 'input', 'output', 'scores'):
+      value = getattr(self, field)
+      if value is not None and not isinstance(value, base.Quantizer):
+        raise TypeError(f'Rule({self.path!r}).{field} is {value!r}, and no quantizer. Give an instance of one, such as '
+                        'STE(spec), from qat.quantizers.')
 
   def matches(self, site):
     return bool(re.fullmatch(self.path, site.path) and re.fullmatch(self.kind, site.kind))
@@ -107,6 +121,9 @@ def _is_matrix(value):
 
 def first_matches(recipe, found):
   """site -> its rule, or None; raises if a rule that names a path matches nothing."""
+  if isinstance(recipe, (str, Rule)) or not isinstance(recipe, Iterable):
+    raise TypeError(f'The recipe {recipe!r} is a {type(recipe).__name__}: a recipe is a list of Rules. '
+                    "Write [qat.Rule(...)], or qat.recipes.get('w4a8').")
   recipe = tuple(recipe)
   if not recipe:
     raise ValueError("The recipe is empty: no layer would be quantized. Give at least Rule('.*', weight=...).")
@@ -114,7 +131,7 @@ def first_matches(recipe, found):
   used = [r for r in recipe if any(r is rule for rule in chosen.values())]
   # A named recipe has rules for kinds of layers that a model may lack: one of them must take effect.
   served = lambda r: any(r is u or (r.path == u.path and r.kind != u.kind) for u in used)
-  unused = [r.path for r in recipe if not served(r) and (r.path != '.*' or not found)]
+  unused = [r.path for r in recipe if not served(r) and (r.path != '.*' or not used)]
   shadowed = [p for p in unused if any(re.fullmatch(p, s.path) for s in found)]
   paths = [s.path for s in found]
   if shadowed:

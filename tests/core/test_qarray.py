@@ -144,6 +144,32 @@ def test_a_block_that_does_not_tile_says_which_axis():
     qarray.encode(jnp.zeros((4, 32)), specs.Q4_0, jnp.ones((4, 1)), jnp.ones((4, 1)))
 
 
+@pytest.mark.parametrize('fields, message', [
+    ((formats.INT4, (32,), 'f16'), "Spec.scale 'f16' is a str. Give None"),
+    ((formats.INT4, (0,)), 'Spec.block .*an entry is a size of 1 or more'),
+    ((formats.INT4, (3.5,)), 'Spec.block .*an entry is a size of 1 or more'),
+    ((formats.INT4, (32, ...)), 'Spec.block .*the first may be'),
+])
+def test_a_spec_checks_its_fields(fields, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    Spec(*fields)
+
+
+@pytest.mark.parametrize('x, spec, message', [
+    (X, formats.INT4, 'The grid .* is a Int, and no Spec. Give a qat.Spec'),
+    (X, 'MXFP4', 'The grid .* is a str'),
+    ([[1.0] * 32], specs.MXFP4, 'is a list, and no array: give a jax.Array'),
+    (qarray.encode(X, specs.MXFP4), specs.MXFP4, 'is a QArray, which has codes already: qat.decode it first'),
+    (X.astype(complex), specs.MXFP4, 'whose numbers are real. Encode x.real'),
+])
+def test_what_is_no_array_or_no_spec_is_refused(x, spec, message):
+  for place in (qarray.encode, qarray.fake):
+    with pytest.raises(TypeError):
+      place(x, spec)
+  with pytest.raises(TypeError, match=message):  # Without the types that the tests' hook checks first.
+    qarray._check(x, spec)
+
+
 def test_quotients_are_ieee_754s_in_any_program():
   """XLA would turn x / 15 into x * (1 / 15), 1 / (x / 15) into 15 / x, and (x / 7) / 3 into x / 21."""
   x = np.random.default_rng(0).uniform(0.5, 4, 4096).astype(np.float32)

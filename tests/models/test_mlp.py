@@ -36,3 +36,7 @@ def test_computes_in_bfloat16_and_keeps_weights_in_float32():
 def test_one_size_makes_no_layer():
   with pytest.raises(ValueError, match=r'MLP of sizes \(64,\): 1 sizes make no layer\. Give'):
     mlp.MLP((64,), nnx.Rngs(0))
+
+
+def test_no_example_gives_no_score():
+  assert mlp.MLP((64, 128, 10), nnx.Rngs(0))(jnp.ones((0, 8, 8, 1))).shape == (0, 10)

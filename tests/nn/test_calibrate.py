@@ -136,6 +136,11 @@ def test_no_batch_is_an_error():
     qat.calibrate(qat.quantize(Model(nnx.Rngs(0)), recipes.get('w8a8_static')), [])
 
 
+def test_one_array_is_no_list_of_batches():
+  with pytest.raises(TypeError, match=r'calibrate was given one array of shape \(4, 4\).*Write \[x\]'):
+    qat.calibrate(qat.quantize(Model(nnx.Rngs(0)), recipes.get('w8a8_static')), jnp.ones((4, 4)))
+
+
 def test_a_block_of_numbers_to_come_is_refused():
   model = qat.quantize(Model(nnx.Rngs(0)), (qat.Rule('.*', input=static.Static(specs.integer(8, specs.TOKEN))),))
   with pytest.raises(ValueError, match=r'a range that is fixed before the numbers are known'):

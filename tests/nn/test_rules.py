@@ -53,6 +53,7 @@ def test_kind_is_the_layers_class():
      r"No layer matches the rules \['hed'\].*The layers are \['position', 'conv', 'blocks/0'.*Did you mean 'head'"),
     ((qat.Rule('zzzz', W4), qat.Rule('.*', W4)), r"\['zzzz'\].*A path is matched whole"),
     ((qat.Rule('.*', W4), qat.Rule('head', W8)), r"The rules \['head'\] take effect nowhere.*Put them earlier"),
+    ((qat.Rule('.*', W4, kind='Lineer'),), r"The rules \['\.\*'\] take effect nowhere.*their `kind` matches none"),
     ((qat.Rule('head', W4, kind='Conv'),), r"The rules \['head'\] take effect nowhere"),
     ((qat.Rule('head', STE(specs.integer(4, (32, 1)))),),
      r"Layer 'head', whose weight is 4 inputs x 2 outputs.*does not tile"),
@@ -67,6 +68,19 @@ def test_an_input_that_does_not_tile_names_the_layer():
   model = qat.quantize(Model(nnx.Rngs(0)), (qat.Rule('head', input=STE(specs.MXFP4)),))
   with pytest.raises(ValueError, match=r"Layer 'head', called on an input of shape \(5, 4\).*does not tile"):
     model.head(jnp.ones((5, 4)))
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: qat.Rule('*head'), r"Rule.path '\*head' is no regular expression.*Write '\.\*'"),
+    (lambda: qat.Rule('head', kind=nnx.Linear), r'Rule.kind .* is no regular expression'),
+    (lambda: qat.Rule('head', specs.MXFP4), r"Rule\('head'\).weight is Spec.*and no quantizer. Give an instance"),
+    (lambda: qat.Rule('head', input=STE), r"Rule\('head'\).input is .*and no quantizer. Give an instance"),
+    (lambda: qat.quantize(Model(nnx.Rngs(0)), 'w4a8'), r"The recipe 'w4a8' is a str: a recipe is a list of Rules"),
+    (lambda: qat.quantize(Model(nnx.Rngs(0)), qat.Rule('.*', W4)), 'is a Rule: a recipe is a list of Rules'),
+])
+def test_what_is_no_rule_and_no_recipe_is_refused(make, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    make()
 
 
 def test_a_frozen_weight_is_not_written_to_nor_quantized_again():
