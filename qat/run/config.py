@@ -16,6 +16,9 @@ from ml_collections import config_flags
 
 from qat.run import names
 
+# Steps are counted, or divided, by these.
+COUNTS = ('eval.every_steps', 'eval.batch_size', 'optimizer.accumulate_steps', 'log_every_steps',
+          'checkpoint_every_steps', 'keep_checkpoints')
 # What a run may change when it goes on: none of these touches a parameter.
 FREE = ('log_every_steps', 'log_every_seconds', 'checkpoint_every_steps', 'keep_checkpoints')
 
@@ -70,12 +73,16 @@ def build(source):
     there = sorted(map(str, path.parent.glob('*.py'))) or sorted(map(str, pathlib.Path('configs').glob('*.py')))
     hint = names.suggest(path, there) if there else 'Check the path.'
     raise ValueError(f'Config file {str(path)!r} does not exist. {hint}')
-  root = str(path.resolve().parents[1])
-  if root not in sys.path:  # Configs say `from configs import defaults`.
-    sys.path.insert(0, root)
+  if path.suffix != '.py':
+    raise ValueError(f'Config file {str(path)!r} is no Python file. Name one of configs/*.py.')
+  folder = path.resolve().parent
+  if folder.name == 'configs' and str(folder.parent) not in sys.path:  # Configs say `from configs import defaults`.
+    sys.path.insert(0, str(folder.parent))
   spec = importlib.util.spec_from_file_location('config_file', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'Config file {str(path)!r} has no get_config. Name a file that defines get_config(arg).')
   return module.get_config(*arg)
 
 
@@ -117,6 +124,14 @@ def _tuples(value):
   if isinstance(value, list):
     return tuple(_tuples(v) for v in value)
   return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def check_counts(config):
+  """Raises at a count that is less than 1."""
+  for name, value in leaves(config):
+    if name in COUNTS and value < 1:
+      raise ValueError(f'--config.{name}={value}: it is a whole number of 1 or more. Give one, or leave it out '
+                       'for what the config file says.')
 
 
 def check_same(config, workdir):

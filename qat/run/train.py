@@ -27,6 +27,7 @@ def main(config, workdir):
   """The whole run, from its config to its report."""
   began, origin = time.monotonic(), provenance.provenance()
   # ------------------------------------------------------------------------ where
+  configs.check_counts(config)
   workdir = workdirs.begin(workdir, config)
 
   # ------------------------------------------------------------------------ data, model, quantizers, optimizer

@@ -75,3 +75,18 @@ def test_another_config_in_the_same_workdir_names_the_leaves(tmp_path):
     configs.check_same(parse('--config.optimizer.learning_rate=0.5')[0], tmp_path)
   with pytest.raises(ValueError, match='recipe.weight_bits: .*absent.* there, 4 now'):
     configs.check_same(configs.parse([f'--config={TINY}:quantizer=lsq', '--workdir=/nowhere'])[0], tmp_path)
+
+
+def test_what_is_no_config_file_is_refused(tmp_path):
+  for name in ('notes.md', 'empty.py'):
+    (tmp_path / name).touch()
+  for name, message in (('notes.md', 'is no Python file'), ('empty.py', 'has no get_config')):
+    with pytest.raises(ValueError, match=message):
+      configs.parse([f'--config={tmp_path / name}', '--workdir=/nowhere'])
+
+
+@pytest.mark.parametrize('leaf', configs.COUNTS)
+def test_counts_are_of_one_or_more(leaf):
+  configs.check_counts(parse()[0])
+  with pytest.raises(ValueError, match=f'--config.{leaf}=0: it is a whole number of 1 or more'):
+    configs.check_counts(parse(f'--config.{leaf}=0')[0])
