@@ -149,6 +149,8 @@ def quantized_type(cls):
     Layer.attend = lambda self, *args, **kwargs: attend(self, cls.attend, *args, **kwargs)
   if issubclass(cls, nnx.Dict):  # Its keys are its attributes.
     Layer.__iter__ = lambda self: (key for key in cls.__iter__(self) if key != 'quantizers')
+  if issubclass(cls, nnx.List):  # Its keys are whole numbers, which do not sort among names.
+    Layer._pytree__has_int_keys = False
   Layer.__name__ = Layer.__qualname__ = f'Quantized{cls.__name__}'
   Layer.float_class = cls
   return Layer

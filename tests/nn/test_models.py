@@ -13,7 +13,7 @@ import pytest
 import qat
 from qat.core import specs
 from qat.nn import explain, recipes
-from qat.quantizers import lsq, stochastic
+from qat.quantizers import base, lsq, stochastic
 from qat.quantizers.ste import STE
 from tests.nn import zoo
 
@@ -218,3 +218,12 @@ def test_queries_keys_values_and_probabilities_are_on_their_grids():
   p = jax.nn.softmax(jnp.where(mask, jnp.einsum('bqhd,bkhd->bhqk', INPUT(q), repeat(INPUT(k))) / np.sqrt(2.0), -1e30))
   want = jnp.einsum('bhqk,bkhd->bqhd', INPUT(p), repeat(INPUT(v)))
   np.testing.assert_allclose(model.attention.attention_fn(q, k, v, mask=mask, deterministic=True), want, atol=1e-6)
+
+
+def test_a_list_of_params_learns_its_steps():
+  model = qat.quantize(zoo.Containers(nnx.Rngs(0)), (qat.Rule('params/.*', lsq.LSQ(specs.integer(4, specs.CHANNEL))),))
+  x = jnp.ones((2, zoo.WIDTH))
+  steps = jax.tree.leaves(nnx.state(nnx.grad(lambda m: (m(x)**2).sum())(model), base.StepSize))
+  assert len(steps) == 2 and all(jnp.abs(s).max() > 0 for s in steps)
+  serve = nnx.jit(lambda m: m(x))
+  np.testing.assert_array_equal(serve(model), serve(qat.freeze(model)))
