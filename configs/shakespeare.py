@@ -3,21 +3,22 @@ r"""A GPT of a million parameters on Shakespeare's characters: float, W8A8, W4A8
 The 2,000 steps were not run. Seed 0, cut to 300 steps (--config.total_steps=300): float 3.166 bits per character,
 W4A8 3.195; 4 and 5 minutes on 2 busy CPU cores.
 python -m qat.run.train --config configs/shakespeare.py:recipe=w4a8 --workdir /tmp/shakespeare
-`:recipe=` takes float, or a name of qat/nn/recipes.py: w8a8, w4a8, w4a16_g64, mxfp4, nvfp4, bitnet, ...
+`:recipe=` takes float, or a name of qat/nn/recipes.py: w8a8, w4a8, w4a8_g32, w4a16_g64, mxfp4, nvfp4, bitnet, ...; `:ends=`
+another, for the embedding (which is the head) and the positions.
 """
 
 from configs import defaults
 
 
 def get_config(arg=''):
-  arg = defaults.parse_arg(arg, recipe='w4a8', smoke=False)
+  arg = defaults.parse_arg(arg, recipe='w4a8_g32', ends='w8a8', smoke=False)
   config = defaults.base()
   config.data.update(name='shakespeare', batch_size=16)
   config.data.options.context_length = 128
   config.data.train_options.stride = 1
   config.model.update(name='decoder.gpt', vocab_size=65, context_length=128, width=128, layers=5, heads=4)
   if arg.recipe != 'float':
-    config.recipe.name = arg.recipe
+    config.recipe = dict(name=arg.recipe, rules={'embed|position': arg.ends})  # The tied head is an end too.
   config.objective = 'language'
   config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=0.1)
   config.optimizer.options.b2 = 0.99
