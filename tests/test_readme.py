@@ -1,9 +1,11 @@
-"""The README's Python runs as it stands, block after block."""
+"""The README's Python runs as it stands, and its numbers are those of the result files."""
 
+import json
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parents[1] / 'README.md'
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / 'README.md'
 
 
 def test_the_examples_run(capsys):
@@ -14,3 +16,34 @@ def test_the_examples_run(capsys):
     exec(compile(block, README.name, 'exec'), names)
   assert 'layers/0' in capsys.readouterr().out
   assert len(names['recipe']) > 1
+
+
+def results(name):
+  return json.loads((ROOT / name).read_text())
+
+
+def test_the_quickstart_table_is_that_of_its_result():
+  lines = README.read_text().splitlines()
+  for row in results('docs/results/quickstart.json')['rows']:
+    line = next(l for l in lines if re.match(rf'{re.escape(row["name"])}  ', l))
+    want = (f'{100 * row["mean"]:.2f} ± {100 * row["std"]:.2f}', f'{row["bits_per_weight"]:.2f}',
+            f'{row["size_bytes"] / 1024:.1f} KiB')
+    assert all(w in line for w in want), (line, want)
+
+
+def test_the_results_table_is_that_of_the_result_files():
+  text = README.read_text()
+  for name in ('mnist_float', 'mnist_lsq_w2a2', 'shakespeare_float', 'shakespeare_w4a8_g32',
+               'shakespeare_w4a8_every_layer'):
+    result = results(f'docs/results/{name}.json')
+    metrics = result['metrics']
+    score = (f'{metrics["bits_per_character"]:.3f}' if 'bits_per_character' in metrics
+             else f'{100 * metrics["accuracy"]:.2f} %')
+    assert re.search(rf'\| {re.escape(score)}[^|]*\| {result["size_bytes"] / 1024:,.0f} KiB \|', text), name
+
+
+def test_the_benchmark_table_is_that_of_its_result():
+  lines = README.read_text().split('## What a step costs')[1].splitlines()
+  for row in results('benchmarks/results/train_step.json')['rows']:
+    line = next(l for l in lines if l.startswith(row['recipe'] + ' '))
+    assert f'{row["step_ratio"]:.3f}' in line and f'{row["compile_ratio"]:.2f}' in line, line
