@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections as mlc
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 
@@ -141,12 +142,13 @@ def cells(row):
           f'{row.size_bytes / 1024:.1f} KiB', same, f'{row.seconds:.0f} s')
 
 
-HEAD = ('network', 'accuracy, %', 'bits/weight', 'size', 'frozen same', 'time')
+HEAD = ('network', 'accuracy, %', 'bits', 'size', 'same', 'time')
 
 
 def printed(rows, config):
   """The table for a terminal."""
-  table = rich.table.Table(title=f'{config.data.name}, {config.total_steps} steps, {config.seeds} seeds')
+  title = f'{config.data.name}, {config.total_steps} steps, {config.seeds} seeds'
+  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)  # As wide as 80 columns allow.
   for i, name in enumerate(HEAD):
     table.add_column(name, justify='right' if i else 'left')
   for row in rows:
