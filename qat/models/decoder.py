@@ -1,7 +1,9 @@
-"""The decoder-only transformer, in the form of GPT-2 and in that of Llama.
+"""The decoder-only transformer, in the form of GPT-2 and in that of Llama, and what Qwen and Gemma change in it.
 
 Radford et al. Language Models are Unsupervised Multitask Learners, 2019.
 Touvron et al. LLaMA: Open and Efficient Foundation Language Models, 2023. https://arxiv.org/abs/2302.13971
+Yang et al. Qwen2 Technical Report, 2024. https://arxiv.org/abs/2407.10671; Qwen3, 2025. https://arxiv.org/abs/2505.09388
+Gemma Team. Gemma: Open Models Based on Gemini Research and Technology, 2024. https://arxiv.org/abs/2403.08295
 
 Differences from GPT-2: no dropout; linear layers start from Flax's variance (1 / inputs) and not from 0.02^2,
 which is meant for widths near 2,500; those that write to the residual stream are scaled by 1 / sqrt(2 layers)
@@ -45,6 +47,22 @@ class SwiGLU(nnx.Module):
     return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
+class GeGLU(nnx.Module):
+  """Gemma's feed-forward layer: down(gelu(gate) * up).
+
+  Shazeer. GLU Variants Improve Transformer, 2020. https://arxiv.org/abs/2002.05202
+  """
+
+  def __init__(self, config, linear, residual):
+    self.gate = linear(config.width, config.ffn_width)
+    self.up = linear(config.width, config.ffn_width)
+    self.down = residual(config.ffn_width, config.width)
+
+  def __call__(self, x):
+    """f32[b, t, width] -> f32[b, t, width]."""
+    return self.down(nnx.gelu(self.gate(x)) * self.up(x))  # the tanh form, as in Gemma
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """The sizes of a decoder, and its form. GPT and LLAMA below are forms.
@@ -52,10 +70,13 @@ class Config:
   Attributes:
     heads: of queries; kv_heads of them share a key and a value (Ainslie et al. 2023, GQA).
     norm: nnx.LayerNorm or nnx.RMSNorm.
-    ffn: GELU or SwiGLU.
+    ffn: GELU, SwiGLU or GeGLU.
     rope: how positions turn queries and keys; None learns a vector for each position instead.
     use_bias: whether linear layers add one.
     tied_head: whether the embedding is the head as well, one variable.
+    qkv_bias: whether queries, keys and values add one even if the other layers do not (Qwen2).
+    qk_norm: of each head's queries and keys, before they are turned (Qwen3); None leaves them as they are.
+    embed_scale: what the embeddings of the tokens are multiplied by, though not those of the head (Gemma).
   """
 
   vocab_size: int
@@ -72,6 +93,9 @@ class Config:
   rope: ropes.Rope | None
   use_bias: bool
   tied_head: bool
+  qkv_bias: bool = False
+  qk_norm: type[nnx.Module] | None = None
+  embed_scale: float = 1.0
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -86,12 +110,16 @@ class SelfAttention(nnx.Module):
   `attention_fn` is an attribute, so that another can be put in its place.
   """
 
-  def __init__(self, config, linear, residual):
+  def __init__(self, config, linear, residual, norm):
     self.config = config
-    self.q = linear(config.width, config.heads * config.head_dim)
-    self.k = linear(config.width, config.kv_heads * config.head_dim)
-    self.v = linear(config.width, config.kv_heads * config.head_dim)
+    project = functools.partial(linear, use_bias=config.use_bias or config.qkv_bias)
+    self.q = project(config.width, config.heads * config.head_dim)
+    self.k = project(config.width, config.kv_heads * config.head_dim)
+    self.v = project(config.width, config.kv_heads * config.head_dim)
     self.o = residual(config.heads * config.head_dim, config.width)
+    if config.qk_norm is not None:
+      self.q_norm = norm(config.qk_norm, config.head_dim)
+      self.k_norm = norm(config.qk_norm, config.head_dim)
     self.attention_fn = nnx.dot_product_attention
 
   def __call__(self, x):
@@ -101,6 +129,8 @@ class SelfAttention(nnx.Module):
     q = split(self.q(x), self.config.heads)     # [b, t, h, d]
     k = split(self.k(x), self.config.kv_heads)  # [b, t, kv, d]
     v = split(self.v(x), self.config.kv_heads)  # [b, t, kv, d]
+    if self.config.qk_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
     if self.config.rope is not None:
       q, k = (self.config.rope(y, jnp.arange(t)) for y in (q, k))
     past = jnp.tril(jnp.ones((1, 1, t, t), bool))
@@ -111,9 +141,9 @@ class Block(nnx.Module):
   """Attention, then the feed-forward layer, each normalized before and added after."""
 
   def __init__(self, config, linear, residual, norm):
-    self.attention_norm = norm()
-    self.attention = SelfAttention(config, linear, residual)
-    self.ffn_norm = norm()
+    self.attention_norm = norm(config.norm, config.width)
+    self.attention = SelfAttention(config, linear, residual, norm)
+    self.ffn_norm = norm(config.norm, config.width)
     self.ffn = config.ffn(config, linear, residual)
 
   def __call__(self, x):
@@ -136,15 +166,14 @@ class Decoder(nnx.Module):
     linear = functools.partial(nnx.Linear, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
     residual = functools.partial(linear, kernel_init=nnx.initializers.variance_scaling(
         0.5 / config.layers, 'fan_in', 'truncated_normal'))
-    norm = functools.partial(
-        config.norm, config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+    norm = lambda kind, width: kind(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
     self.config = config
     self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
     if config.rope is None:
       self.position = nnx.Embed(config.context_length, config.width, dtype=dtype, rngs=rngs)
     self.blocks = nnx.List([
         Block(config, linear, residual, norm) for _ in range(config.layers)])
-    self.norm = norm()
+    self.norm = norm(config.norm, config.width)
     if not config.tied_head:
       self.head = nnx.Linear(
           config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
@@ -156,7 +185,7 @@ class Decoder(nnx.Module):
       raise ValueError(
           f'Decoder called on {t} tokens: it was built for {self.config.context_length}. '
           'Shorten the tokens, or build it with a longer context_length.')
-    x = self.embed(tokens)  # [b, t, width]
+    x = self.embed(tokens) * self.config.embed_scale  # [b, t, width]
     if self.config.rope is None:
       x = x + self.position(jnp.arange(t))[None]
     for block in self.blocks:

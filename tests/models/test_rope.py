@@ -61,3 +61,26 @@ def test_bfloat16_counts_positions_beyond_256(turned):
 def test_odd_heads_are_an_error():
   with pytest.raises(ValueError, match='Rope on heads of 3 features: .* even head_dim'):
     rope.Rope()(jnp.ones((1, 1, 1, 3)), jnp.arange(1))
+
+
+def test_divisors_slow_each_pair(turned):
+  x = jnp.ones((1, 1, 1, 4))
+  one = rope.Rope(turned.base, turned.turn, 5.0)(x, jnp.array([15]))
+  np.testing.assert_allclose(one, turned(x, jnp.array([3])), atol=1e-6)  # positions are interpolated
+  each = rope.Rope(turned.base, turned.turn, (5.0, 1.0))(x, jnp.array([15]))
+  changed = (jnp.abs(each - turned(x, jnp.array([15]))) > 1e-3).ravel()
+  assert changed.tolist() == ([True, False] * 2 if turned.turn is rope.halves else [True, True, False, False])
+
+
+@pytest.mark.parametrize('divisors', [(1.0,), (1.0, 2.0, 3.0), ()])
+def test_as_many_divisors_as_pairs(divisors):
+  with pytest.raises(ValueError, match=r'Rope.divisors of \d numbers on heads of 4 features: there are 2 pairs'):
+    rope.Rope(divisors=divisors)(jnp.ones((1, 1, 1, 4)), jnp.arange(1))
+
+
+def test_llama3_keeps_short_waves_and_divides_long_ones():
+  divisors = rope.llama3_divisors(5e5, 128, 8.0, 1.0, 4.0, 8192)
+  waves = 2 * np.pi * 5e5 ** (np.arange(0, 128, 2) / 128)  # tokens a turn
+  assert all(d == 1 for d, wave in zip(divisors, waves) if wave < 8192 / 4)
+  assert all(d == 8 for d, wave in zip(divisors, waves) if wave > 8192)
+  assert sorted(divisors) == list(divisors) and len(set(divisors)) > 4
