@@ -67,6 +67,35 @@ def base():
   return config
 
 
+def ptq(task, pretrained):
+  """The leaves that all configs of `qat ptq` share, in the order of their sections."""
+  config = mlc.ConfigDict()
+  config.seed = 0
+  config.task = task  # Of qat/run/tasks.py; it says what calibration and eval hold.
+  config.pretrained = pretrained  # A name of qat/run/published.py, or a path.
+  config.dtype = 'float32'
+  config.calibration = mlc.ConfigDict()
+  config.transforms = ()  # Of qat/run/transforms.py, in order: (dict(name='smooth', alpha=0.5),).
+  config.recipe = mlc.ConfigDict()
+  config.method = mlc.ConfigDict()
+  config.eval = mlc.ConfigDict()
+  config.log_every_seconds = 10
+  return config
+
+
+# The options of each method of qat/ptq/methods.py, so that --config.method.<option> can change them.
+METHODS = dict(
+    rtn=dict(rule='midrange'), gptq=dict(rule='hessian', damp=0.01, act_order=True),
+    quantease=dict(rule='hessian', damp=0.01, rounds=2, sweeps=2), ldlq=dict(rule='hessian', damp=0.01),
+    awq=dict(rule='midrange'),
+    adaround=dict(steps=1000, batch_size=8, rate=1e-2, start=''), autoround=dict(steps=200, batch_size=8, start=''))
+
+
+def method(name):
+  """A method by its name, with its options."""
+  return mlc.ConfigDict(dict(METHODS.get(name, {}), name=name))
+
+
 def bits(quantizer, bits):
   """The recipe of a quantizer with as many bits for weights as for inputs."""
   return mlc.ConfigDict(dict(quantizer=quantizer, weight_bits=bits, input_bits=bits))

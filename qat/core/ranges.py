@@ -106,20 +106,22 @@ class Search:
 
   `steps` ratios in equal steps from 1 down. p = 2.4 and 100 steps to 0.2 are GPTQ's (its
   `mse=True`), p = 2.4 BRECQ's for activations. Scales above scales stay those of r = 1.
+  With an `importance`, which broadcasts to x, the sum is of importance |x - x_hat|^p.
   """
   p: float = 2.0
   lowest: float = 0.2
   steps: int = 81
 
-  def __call__(self, x, spec):
+  def __call__(self, x, spec, importance=None):
     x = x.astype(jnp.float32)
     low, high = extent(x, spec)
     first = qarray.from_range(low, high, spec)
 
     def error(r):
       scale, zero = qarray.from_range(*shrink(low, high, r, spec), spec, under=first)
-      x_hat = qarray.exact(qarray.fake(x, spec, scale, zero))
-      return blocks.over_blocks(blocks.mean, self.distance(x - x_hat), spec.block)
+      wrong = self.distance(x - qarray.exact(qarray.fake(x, spec, scale, zero)))
+      wrong = wrong if importance is None else qarray.exact(wrong * importance)
+      return blocks.over_blocks(blocks.mean, wrong, spec.block)
 
     r = self.best(error, low.shape)
     return qarray.from_range(*shrink(low, high, r, spec), spec, under=first)

@@ -17,6 +17,16 @@ from qat.core import qarray
 from qat.nn import dot
 
 
+class Label(str):
+  """A name for messages. All are equal, so that two layers of one structure share their compiled programs."""
+
+  def __eq__(self, other):
+    return isinstance(other, Label)
+
+  def __hash__(self):
+    return hash(Label)
+
+
 class Quantizers(nnx.Module):
   """The quantizers of one layer.
 
@@ -29,7 +39,7 @@ class Quantizers(nnx.Module):
   """
 
   def __init__(self, path, lead):
-    self.path, self.lead = path, lead
+    self.path, self.lead = Label(path), lead
     self.weights = nnx.Dict()
     self.input, self.output, self.gradient, self.scores = (nnx.data(None) for _ in range(4))
 
@@ -105,7 +115,10 @@ def _no_class(quantizers, attributes, value):
 
 
 def _attention(quantizers, attributes, value):
-  return value if quantizers.scores is None else quantizers.scores
+  if quantizers.scores is None:
+    return value
+  # A function that changes the operands first keeps doing so, and the quantizers see what it made of them.
+  return value.around(quantizers.scores) if hasattr(value, 'around') else quantizers.scores
 
 
 # What stands for an attribute, given the layer's quantizers, its attributes, and the float value.

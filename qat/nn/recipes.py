@@ -7,6 +7,7 @@ batch ("dynamic"), unless a name says more. Inputs of convolutions have one scal
 
 import dataclasses
 import difflib
+import re
 
 from qat.core import formats, qarray, ranges, specs
 from qat.nn import rules
@@ -134,9 +135,17 @@ QUANTIZERS = {'ste': dynamic, 'static': calibrated, 'lsq': learned, 'dorefa': do
 def get(name):
   """The Rules of a named recipe; none for 'float'.
 
+  Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats.
+
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
   """
+  if match := re.fullmatch(r'w([1-8])a(\d+)(?:_g(\d+))?', name):
+    weight_bits, input_bits, group = (part and int(part) for part in match.groups())
+    if input_bits in (16, 32):
+      return weight_only(weight_bits, group)
+    if 1 <= input_bits <= 8:
+      return dynamic(weight_bits, input_bits, group)
   if name not in RECIPES:
     raise ValueError(f'recipe {name!r}: there is none of that name. {_suggest(name, RECIPES)}')
   return RECIPES[name]() if RECIPES[name] else (Rule('.*'),)

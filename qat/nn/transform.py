@@ -84,22 +84,47 @@ def freeze(model):
   The codes are those that the model was training on: outputs are equal, bit for bit.
   """
   model = nnx.clone(model)
+  settle(model)
+  return model
+
+
+def settle(model):
+  """`freeze`, in place."""
   frozen = {}  # id of a Param -> its Codes.
+  for layer in quantized.layers(model).values():
+    for name, weight in vars(layer)['quantizers'].weights.items():
+      variable = vars(layer)[name]
+      if not isinstance(variable, weights.Codes) and id(variable) not in frozen:
+        frozen[id(variable)] = weights.freeze(weight, variable)
+  _swap(model, frozen)
+  settle_activations(model)
+
+
+def settle_activations(model):
+  """Freezes the quantizers of activations, in place."""
   for path, layer in quantized.layers(model).items():
     q = vars(layer)['quantizers']
-    for name, weight in list(q.weights.items()):
-      variable = vars(layer)[name]
-      if isinstance(variable, weights.Codes):
-        continue
-      if id(variable) not in frozen:
-        frozen[id(variable)] = (weights.freeze(weight, variable), weights.Weight(None, weight.layout, weight.dtype))
-      codes, reader = frozen[id(variable)]
-      q.weights[name] = reader
-      setattr(layer, name, codes)
     q.gradient = None
     for holder, slot in activations(q):
       setattr(holder, slot, _frozen(getattr(holder, slot), path))
-  return model
+
+
+def hold(model, codes):
+  """Puts `codes`, {site's path: QArray[*lead, in, out]}, in place of the floats, wherever these are shared."""
+  _swap(model, {id(site.variable): weights.Codes(codes[site.path])
+                for site in rules.sites(model) if site.path in codes})
+
+
+def _swap(model, frozen):
+  """Puts Codes, by the id of the Param, in its place, in place."""
+  readers = {}
+  for layer in quantized.layers(model).values():
+    q = vars(layer)['quantizers']
+    for name, weight in list(q.weights.items()):
+      key = id(vars(layer)[name])
+      if key in frozen:
+        q.weights[name] = readers.setdefault(key, weights.Weight(None, weight.layout, weight.dtype))
+        setattr(layer, name, frozen[key])
 
 
 def activations(q):

@@ -4,6 +4,7 @@ import abc
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qat.core import blocks, qarray
@@ -11,6 +12,10 @@ from qat.core import blocks, qarray
 
 class StepSize(nnx.Param):
   """A learned scale or clip point. Optimizers select it: nnx.state(model, StepSize)."""
+
+
+class Rounding(nnx.Param):
+  """What moves a weight between the levels next to it, one number a weight or more."""
 
 
 class Range(nnx.Variable):
@@ -69,6 +74,19 @@ class Quantizer(nnx.Module):
 
   def advance(self):
     """Goes on to the next random draw. Most quantizers draw none."""
+
+  def relaxed(self):
+    """What stands in its place while `ptq.reconstruct` trains it: itself, or a form that moves without jumps."""
+    return self
+
+  def settled(self):
+    """The quantizer of which this is the relaxed form, where that has arrived."""
+    return self
+
+  def penalty(self, progress):
+    """f32[], what is added to the loss of a reconstruction; `progress` goes from 0 to 1."""
+    del progress
+    return jnp.float32(0)
 
   def needs_range(self):
     """The error of a prototype that is called."""

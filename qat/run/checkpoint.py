@@ -98,7 +98,7 @@ def restore(workdir, like):
       restored = read(workdir, step, like)
     except Damaged as error:
       damaged.append(step)
-      _set_aside(workdir, step, error)
+      set_aside(workdir, step, error)
       continue
     if damaged:
       print(f'WARNING: going on from the checkpoint of step {step} in place of {damaged[0]}.', file=sys.stderr)
@@ -207,7 +207,7 @@ def checksum(array):
   return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
-def _set_aside(workdir, step, error):
+def set_aside(workdir, step, error):
   """Says so on stderr, and moves a damaged checkpoint out of the way."""
   aside = pathlib.Path(workdir) / 'damaged' / str(step)
   print(f'WARNING: {errors.join(error)} It is moved to {aside}.', file=sys.stderr)

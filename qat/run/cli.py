@@ -17,7 +17,7 @@ from qat.run import errors
 from qat.run import names
 
 # Program -> whether it needs --config; those that do not read the one in the workdir.
-PROGRAMS = dict(train=True, evaluate=False, report=False, quickstart=True)
+PROGRAMS = dict(train=True, ptq=True, evaluate=False, report=False, quickstart=True)
 CACHE_FROM_SECONDS = 0.5  # Faster compiles than this are not worth a file.
 
 

@@ -1,0 +1,22 @@
+r"""SmolLM2-135M put on a grid without training: rounding to nearest, GPTQ, AWQ, learned rounding.
+
+Perplexity on the first 4 x 512 tokens of the State of the Union of 2021, 16 x 512 of earlier ones for calibration. The
+published file's weights are on a Q4_1 grid already: that is the "float" base, 22.27.
+python -m qat.run.ptq --config configs/smollm2.py:method=gptq,bits=4,block=64 --workdir /tmp/smollm2
+`:method=` takes rtn, gptq, awq, hqq, adaround, autoround. Most wanted: --config.method.<option>.
+"""
+
+from configs import defaults
+
+
+def get_config(arg=''):
+  arg = defaults.parse_arg(arg, method='gptq', bits=4, block=64, smoke=False)
+  config = defaults.ptq('language_model', 'smollm2')
+  config.calibration.update(sequences=16, length=512, batch_size=4)
+  config.recipe.update(name='float', rules={r'blocks/[\w/]+': f'w{arg.bits}a16_g{arg.block}'})
+  config.method = defaults.method(arg.method)
+  config.eval.update(sequences=4, length=512)
+  if arg.smoke:
+    config.calibration.update(sequences=2, length=16, batch_size=2)
+    config.eval.update(sequences=1, length=32)
+  return config

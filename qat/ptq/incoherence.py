@@ -1,0 +1,52 @@
+"""Incoherence processing: rotate a weight on both sides, so that no number of it is much larger than the others.
+
+Chee et al. QuIP, NeurIPS 2023, Sec. 4. https://arxiv.org/abs/2307.13304 (random orthogonal matrices).
+Tseng et al. QuIP#, ICML 2024, Sec. 3. https://arxiv.org/abs/2402.04396 (Hadamard matrices with random signs).
+
+y = x w = (x U) (U^T w V) V^T: the inputs are rotated before the product and the outputs after it, and in between is a
+weight that rounds well, under the Hessian U^T H U. An m x n matrix is mu-incoherent if max|w| <= mu |w|_F / sqrt(m n).
+
+Differences from the papers: QuIP's rescaling of rows by H's diagonal is left out; U and V are whole matrices, where
+theirs are products of small ones.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qat.core import hadamard
+from qat.ptq import hessian
+
+
+def signed_hadamard(key, n):
+  """A Hadamard matrix with random signs: f32[n, n]. Raises for an n that has none."""
+  return hadamard.randomized(key, n)
+
+
+def random_orthogonal(key, n):
+  """Uniform among all rotations and reflections: f32[n, n], for any n."""
+  return jax.random.orthogonal(key, n)
+
+
+def rotate(w, H, U, V):
+  """What is rounded in place of w: U^T w V, and its Hessian U^T H U.
+
+  Args:
+    w: f32[i, o].
+    H: f32[i, i].
+    U, V: f32[i, i] and f32[o, o], orthogonal.
+  """
+  return _product(U.T, w, V), _product(U.T, H, U)
+
+
+def rotate_back(w, U, V):
+  """The weight that stands for a rotated one: U w V^T."""
+  return _product(U, w, V.T)
+
+
+def incoherence(w):
+  """mu(w) = max|w| sqrt(i o) / |w|_F: f32[]. About 1 at best, and sqrt(i o) if a single number is not 0."""
+  return jnp.max(jnp.abs(w)) / jnp.sqrt(jnp.mean(w * w))
+
+
+def _product(a, b, c):
+  return jnp.linalg.multi_dot([a, b, c], precision=hessian.HIGHEST)

@@ -1,0 +1,259 @@
+"""Methods: how the layers of one stage of the walk are solved: (Work) -> {layer: facts}."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qat.core import qarray, ranges
+from qat.nn import quantized, rules, transform
+from qat.ptq import awq, links as links_, presets, reconstruct, running, scales, solvers, taps, walk
+from qat.ptq.moments import Moments
+from qat.quantizers import adaround, autoround, base
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise:
+  """Each layer by itself, from the Moments of its inputs.
+
+  Attributes:
+    solver: (w: f32[i, o], Moments, spec) -> (QArray[i, o], facts); see qat/ptq/solvers.py.
+  """
+  solver: Callable
+
+  reads_floats = False
+
+  def __call__(self, work):
+    solved, facts = self.solve(work)
+    transform.hold(work.block, solved)
+    return facts
+
+  def solve(self, work):
+    """{layer: QArray[*lead, i, o]} and {layer: facts}; `work` stays as it is."""
+    gathered = running.gather(work.block, work.inputs, work.layers, work.apply)
+    near, sites = walk.nearest(work.block, work.layers), {s.path: s for s in rules.sites(work.block)}
+    found = {path: self._site(sites[path], gathered.get(path), near[path]) for path in work.layers}
+    return {path: q for path, (q, _) in found.items()}, {path: facts for path, (_, facts) in found.items()}
+
+  def _site(self, site, moments, near):
+    """(QArray[*lead, i, o], facts) of one site; `near` is its weight rounded to nearest."""
+    why = taps.tappable(site) or (_unseen(moments, near) if moments is not None else 'no input was seen')
+    if why:
+      return near, dict(fallback=f'rounded to nearest: {why}')
+    weight = vars(quantized.of(site.module).weights)[site.name]
+    w = weight.quantizer.prepare(weight.layout.to_matrix(site.variable.get_value())).astype(jnp.float32)
+    moments = jax.tree.map(lambda a, r: a.reshape(*w.shape[:-2], *a.shape[a.ndim - r:]), moments, _ranks())
+    solved, facts = [], {}
+    for index in np.ndindex(*w.shape[:-2]) if w.ndim > 2 else [()]:
+      one = jax.tree.map(lambda a: a[index], moments)
+      q, notes = self.solver(w[index], one, weight.quantizer.spec)
+      solved.append(q)
+      facts = notes | {k: v for k, v in facts.items() if k == 'fallback'} | measure(w[index], q, one, facts)
+    stack = lambda *a: jnp.stack(a).reshape(*w.shape[:-2], *a[0].shape)
+    return jax.tree.map(stack, *solved) if w.ndim > 2 else solved[0], facts
+
+
+def _ranks():
+  """The axes of each field of the Moments of one matrix."""
+  return Moments(0, 2, 1, 1)
+
+
+def _unseen(moments, near):
+  """Why Moments cannot serve: a convolution of many groups has some for each, and its matrix is one."""
+  if moments.second.ndim > near.ndim and moments.second.shape[0] > 1:
+    return f'a convolution of {moments.second.shape[0]} groups'
+  return '' if jnp.all(moments.count > 0) else 'no calibration batch reached it'
+
+
+def measure(w, q, moments, before):
+  """Facts of one solved matrix, added up over those before it: rows seen, dead inputs, the relative output error."""
+  error, dead = _measure(w, q, moments)
+  return dict(rows=int(moments.count), dead=before.get('dead', 0) + int(dead),
+              error=max(before.get('error', 0.0), float(error)))
+
+
+@jax.jit
+def _measure(w, q, moments):
+  """tr(dW^T H dW) / tr(W^T H W), and the number of inputs that were always 0."""
+  H, wrong = moments.H, w - qarray.decode(q)
+  energy = lambda a: jnp.sum(a * (H @ a))
+  return energy(wrong) / jnp.maximum(energy(w), jnp.finfo(jnp.float32).tiny), jnp.sum(moments.largest == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """AWQ (qat/ptq/awq.py): scales move between the layers of a block, which are then solved.
+
+  Attributes:
+    then: a Layerwise, which solves them.
+    patterns: Links that tracing cannot see; those whose source the block has are used.
+    rule: the range rule under which the scales are searched.
+  """
+  then: Layerwise
+  patterns: tuple = ()
+  rule: Callable = ranges.absmax
+
+  reads_floats = False
+
+  def __call__(self, work):
+    if work.apply is running.call:  # A layer that is solved by itself has no block for scales to move in.
+      nnx.update(work.block, nnx.state(self._scaled(work), nnx.Param))
+    return self.then(work)
+
+  def _scaled(self, work):
+    """The float block, with its scales moved."""
+    args, kwargs = work.inputs[0].arguments()
+    found = links_.find(work.floats, *args, **kwargs)
+    paths = [path for path, _ in quantized.walk(work.floats)]
+    patterns = [p for p in self.patterns if any(re.fullmatch(p.source, path) for path in paths)]
+    if patterns:
+      found += links_.resolve(work.floats, patterns, *args, **kwargs)
+    targets = {path for link in found for path in link.targets}
+    specs = [spec for path, spec in _specs(work).items() if path in targets]
+    found = [link for link in found if set(link.targets) <= set(_specs(work))]
+    if not found:
+      return work.floats
+    gathered = running.gather(work.floats, work.inputs, tuple(sorted(targets)), work.apply)
+    return awq.awq(work.floats, gathered, found, specs[0], self.rule)[0]
+
+
+def _specs(work):
+  """{layer: the grid of its weight}."""
+  weight = lambda site: vars(quantized.of(site.module).weights)[site.name]
+  return {s.path: weight(s).quantizer.spec for s in rules.sites(work.block) if s.path in work.layers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+  """What the quantizers of a block learn is trained until the block gives what it gives in floats.
+
+  Attributes:
+    quantizer: spec -> the quantizer of a weight, such as adaround.AdaRound.
+    settings: a value of qat/ptq/presets.py.
+    start: a Layerwise, from whose codes they start; None: from what the quantizers start with.
+    float_targets: whether targets are what the block gives in the float model, as in AdaRound (Sec. 3.3), or what it gives
+      in floats on the inputs that the quantized model has for it.
+    seed: of the batches.
+  """
+  quantizer: Callable
+  settings: reconstruct.Settings
+  start: Layerwise | None = None
+  float_targets: bool = True
+  seed: int = 0
+
+  @property
+  def reads_floats(self):
+    return self.float_targets
+
+  def __call__(self, work):
+    solved, facts = self.start.solve(work) if self.start else ({}, {path: {} for path in work.layers})
+    block, together = nnx.clone(work.block), lambda many: jax.tree.map(lambda *a: jnp.concatenate(a), *many)
+    self._learners(block, work.layers, solved)
+    block.eval()
+    inputs = work.float_inputs if self.float_targets else work.inputs
+    targets = together(list(running.forward(work.floats, inputs, work.apply)))
+    key = jax.random.fold_in(jax.random.key(self.seed), work.index)
+    block, report = reconstruct.reconstruct(block, work.apply, together(work.inputs), targets, self.settings, key)
+    transform.hold(work.block, walk.nearest(block, work.layers))
+    self._inputs(work.block, block)
+    about = dict(before=report.before, after=report.after, best_step=report.best_step)
+    return {path: facts[path] | about for path in work.layers}
+
+  def _learners(self, block, layers, solved):
+    """Gives the weights of `block` the quantizers that learn, in place."""
+    for site in rules.sites(block):
+      if site.path in layers:
+        weight = vars(quantized.of(site.module).weights)[site.name]
+        w = weight.layout.to_matrix(site.variable.get_value())
+        learner = self.quantizer(weight.quantizer.spec)
+        codes = solved.get(site.path)
+        weight.quantizer = learner.for_weight(w) if codes is None else learner.starting_at(w, codes)
+
+  def _inputs(self, block, trained):
+    """Puts the trained quantizers of activations into `block`."""
+    for mine, other in zip(*(quantized.layers(b).values() for b in (block, trained))):
+      pairs = zip(*(transform.activations(vars(layer)['quantizers']) for layer in (mine, other)))
+      for (holder, slot), (theirs, _) in pairs:
+        setattr(holder, slot, getattr(theirs, slot))
+
+
+RULES = dict(absmax=ranges.absmax, midrange=ranges.midrange, search=ranges.Search(), hessian=scales.HessianSearch())
+
+
+def nearest(rule='absmax'):
+  """Round to nearest."""
+  return Layerwise(solvers.Nearest(_rule(rule)))
+
+
+def gptq(rule='hessian', damp=0.01, act_order=True):
+  """GPTQ (qat/ptq/gptq.py)."""
+  return Layerwise(solvers.GPTQ(damp=damp, act_order=act_order, rule=_rule(rule)))
+
+
+def quantease(rule='hessian', damp=0.01, rounds=2, sweeps=2):
+  """GPTQ's codes, refined by coordinate descent and least-squares scales (qat/ptq/quantease.py)."""
+  return Layerwise(solvers.QuantEase(solvers.GPTQ(damp=damp, rule=_rule(rule)), rounds, sweeps, damp))
+
+
+def ldlq(rule='hessian', damp=0.01):
+  """QuIP's rounding (qat/ptq/ldlq.py)."""
+  return Layerwise(solvers.LDLQ(damp=damp, rule=_rule(rule)))
+
+
+def hqq():
+  """HQQ (qat/ptq/hqq.py), for grids that have a zero."""
+  return Layerwise(solvers.HQQ())
+
+
+def awq_scaled(rule='absmax', links=()):
+  """AWQ: scales, then clipped ranges."""
+  return Scaled(Layerwise(awq.Clipped()), tuple(links), _rule(rule))
+
+
+def adaround_(steps=1000, batch_size=8, rate=1e-2, start=''):
+  """AdaRound on blocks, by default from round to nearest."""
+  settings = dataclasses.replace(presets.ADAROUND, steps=steps, batch_size=batch_size,
+                                 groups=(reconstruct.Group(base.Rounding, rate),))
+  return Blockwise(adaround.AdaRound, settings, _start(start))
+
+
+def autoround_(steps=200, batch_size=8, start=''):
+  """SignRound on blocks."""
+  settings = dataclasses.replace(presets.AUTOROUND, steps=steps, batch_size=batch_size)
+  return Blockwise(autoround.SignRound, settings, _start(start))
+
+
+METHODS = dict(rtn=nearest, gptq=gptq, quantease=quantease, ldlq=ldlq, hqq=hqq, awq=awq_scaled, adaround=adaround_, autoround=autoround_)
+
+
+def named(name, links=(), **options):
+  """The method of a config's {'name': 'gptq', 'damp': 0.05}; `links` are those of the network, for methods that use any.
+
+  >>> named('rtn', rule='midrange').solver.rule.__name__
+  'midrange'
+  """
+  if name not in METHODS:
+    near = difflib.get_close_matches(name, METHODS, 1)
+    hint = f'Did you mean {near[0]!r}? ' if near else ''
+    raise ValueError(f'method {name!r}: there is none of that name. {hint}Known: {", ".join(METHODS)}.')
+  known = inspect.signature(METHODS[name]).parameters
+  if unknown := sorted(set(options) - set(known)):
+    raise ValueError(f'method {name!r}: {unknown} mean nothing to it. It takes {sorted(set(known) - {"links"})}.')
+  return METHODS[name](**options, **dict(links=links) if 'links' in known else {})
+
+
+def _start(name):
+  """The Layerwise method from whose codes learning starts: a name, or ''."""
+  return named(name) if name else None
+
+
+def _rule(name):
+  if name not in RULES:
+    raise ValueError(f'range rule {name!r}: there is none of that name. Known: {", ".join(RULES)}.')
+  return RULES[name]

@@ -1,0 +1,59 @@
+"""Moments: what the solvers know of the inputs of a layer.
+
+They are sums over the rows x[n, k] that the layer's product reads, so batches can be added one after
+another, and the inputs themselves need not be kept.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Sums over rows x[n, k]. A batch of products has leading axes on every field.
+
+  Attributes:
+    count: i32[], rows seen.
+    second: f32[k, k], the sum of x^T x.
+    absolute: f32[k], the sum of |x|.
+    largest: f32[k], max |x|.
+  """
+  count: jax.Array
+  second: jax.Array
+  absolute: jax.Array
+  largest: jax.Array
+
+  @classmethod
+  def zeros(cls, k, lead=()):
+    """Of no rows."""
+    return cls(jnp.zeros(lead, jnp.int32), jnp.zeros((*lead, k, k)), jnp.zeros((*lead, k)), jnp.zeros((*lead, k)))
+
+  @classmethod
+  def of(cls, x):
+    """Of rows float[*lead, n, k].
+
+    >>> Moments.of(jnp.array([[1., 2.], [3., -4.]])).H
+    Array([[ 5., -5.],
+           [-5., 10.]], dtype=float32)
+    """
+    return cls.zeros(x.shape[-1], x.shape[:-2]).add(x)
+
+  def add(self, x):
+    """These, and rows float[*lead, n, k] more."""
+    x = x.astype(jnp.float32)
+    second = jnp.einsum('...nk,...nl->...kl', x, x, precision=jax.lax.Precision.HIGHEST)
+    return Moments(self.count + jnp.int32(x.shape[-2]), self.second + second,
+                   self.absolute + jnp.sum(jnp.abs(x), -2), jnp.maximum(self.largest, jnp.max(jnp.abs(x), -2)))
+
+  @property
+  def H(self):
+    """The mean of x^T x: f32[k, k], half the Hessian of a layer's squared output error."""
+    return self.second / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None, None]
+
+  @property
+  def mean_abs(self):
+    """The mean of |x| of each input: f32[k]."""
+    return self.absolute / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None]

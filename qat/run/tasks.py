@@ -1,0 +1,163 @@
+"""Tasks: a published network, what it is calibrated on, and how it is scored. `config.task` names one.
+
+A task is a function of the config that returns a Task.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qat.evals import accuracy
+from qat.evals import agreement
+from qat.evals import perplexity
+from qat.evals import retrieval as retrievals
+from qat.nn import batch_norm
+from qat.ptq import links
+from qat.run import build
+from qat.run import config as configs
+from qat.run import photos
+from qat.run import published
+from qat.run import scorer
+from qat.run import sentences
+from qat.run import union
+from qat.run import verses
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What `qat ptq` works on.
+
+  Attributes:
+    model: in floats.
+    batches: list of tuples of arrays, for calibration: what the model is called with.
+    evaluate: (frozen model) -> {name: number}; the float model's number of the same is 'float_<name>'.
+    about: {name: words}: the protocol and the base, printed beside the numbers.
+    links: what tracing cannot see of the network's structure; see qat/ptq/links.py.
+  """
+  model: nnx.Module
+  batches: list
+  evaluate: Callable
+  about: dict
+  links: tuple = ()
+
+
+def call(model, batch):
+  return model(*batch)
+
+
+def language_model(config):
+  """Perplexity of a published decoder on the address of 2021, calibrated on earlier addresses (qat/run/union.py)."""
+  network = published.load(config.pretrained, config.dtype)
+  if network.tokenizer is None:
+    raise ValueError(f'pretrained {config.pretrained!r} has no tokenizer beside its weights: texts cannot be read. '
+                     'Put a tokenizer.json beside them.')
+  c, e = config.calibration, config.eval
+  sequences = union.calibration(network.tokenizer, config.seed, count=c.sequences, length=c.length)
+  tokens = union.evaluation(network.tokenizer, count=e.sequences, length=e.length)
+  protocol = perplexity.Protocol('the State of the Union of 2021', e.sequences, e.length, e.length)
+  decoder = network.model.config
+  return Task(
+      model=network.model, batches=split(c.batch_size, sequences),
+      evaluate=lambda model: numbers(agreement.on_text(forward(network.model), forward(model), tokens, protocol)),
+      about=dict(base=network.facts['base'], perplexity=str(protocol),
+                 calibration=f'{c.sequences} x {c.length} tokens of the addresses of 1990 to 2020, seed {config.seed}'),
+      links=(links.GATED, links.heads(decoder.head_dim)))
+
+
+def retrieval(config):
+  """A published encoder finds each verse of a Bible among those of another; calibrated on another book."""
+  network = published.load(config.pretrained, config.dtype)
+  c, e = config.calibration, config.eval
+  known, _ = verses.pairs(verses.PSALMS, c.sentences, e.edition)
+  tokens, mask = sentences.encode(network.tokenizer, known)
+  asked, there = verses.pairs(verses.PROVERBS, e.pairs, e.edition)
+  embed = lambda model, texts: sentences.embed(model, network.tokenizer, texts)
+  found = lambda model: retrievals.ranks(embed(model, asked), embed(model, there))
+  floats = embed(network.model, asked)
+  float_ranks = found(network.model)
+
+  def evaluate(model):
+    ranks, cosine = found(model), np.sum(embed(model, asked) * floats, axis=-1)
+    return {**scores(ranks), **{f'float_{name}': value for name, value in scores(float_ranks).items()},
+            'cosine_to_float': float(cosine.mean())}
+
+  def scores(ranks):
+    return dict(recall_at_1=retrievals.recall(ranks, 1).value, mrr=retrievals.mrr(ranks).value)
+
+  return Task(
+      model=network.model, batches=split(c.batch_size, tokens, mask), evaluate=evaluate,
+      about=dict(base=network.facts['base'], calibration=f'{c.sentences} verses of Psalms',
+                 retrieval=f'{e.pairs} verses of Proverbs, King James to World English, the {e.edition} edition'))
+
+
+def photographs(config):
+  """A published network for images agrees with itself in floats on photos without labels; its BatchNorms are folded."""
+  network = published.load(config.pretrained, config.dtype)
+  c, e = config.calibration, config.eval
+  images = photos.calibration(c.images, config.seed)
+  model = batch_norm.fold_batch_norm(network.model, jnp.asarray(images[:1]))
+  labelled, labels = photos.imagenet()
+  unlabelled = photos.held_out(e.images, config.seed + 1)
+  logits = lambda model, x: np.concatenate([forward(model)(part) for part, in split(e.batch_size, x)])
+  reference, float_hits = logits(model, unlabelled), accuracy.top_k(logits(model, labelled), labels)
+
+  def evaluate(frozen):
+    mine = logits(frozen, unlabelled)
+    wrong = np.sum((mine - reference) ** 2, dtype=np.float64)
+    return dict(numbers(agreement.agreement(reference, mine)),
+                logit_sqnr_db=10 * float(np.log10(np.sum(reference ** 2, dtype=np.float64) / wrong)),
+                top_1_of_20=accuracy.top_k(logits(frozen, labelled), labels).value, float_top_1_of_20=float_hits.value)
+
+  return Task(
+      model=model, batches=split(c.batch_size, images), evaluate=evaluate,
+      about=dict(base=network.facts['base'], calibration=f'{c.images} crops of 21 photos, seed {config.seed}',
+                 agreement=f'on {e.images} crops of 20 other photos; top 1 of these 20 labelled photos'))
+
+
+def trained(config):
+  """A float network that `qat train` left: the workdir `config.pretrained`, on its own test set."""
+  before = configs.load(config.pretrained)
+  goal, (train, test) = build.objective(before), build.sources(before)
+  model = build.pretrained(build.float_model(before), config.pretrained)
+  score = scorer.Scorer(goal, test, before.eval.batch_size)
+  size = min(config.calibration.examples, len(train))
+  order = np.random.default_rng(config.seed).permutation(len(train))[:size]
+  inputs = goal.inputs(train.take(order))
+  floats = score(model)
+  return Task(
+      model=model, batches=split(config.calibration.batch_size, inputs),
+      evaluate=lambda frozen: {**score(frozen), **{f'float_{name}': value for name, value in floats.items()}},
+      about=dict(base=f'{before.model.name} of {config.pretrained}', test=f'{before.data.name} {before.data.test}',
+                 calibration=f'{size} training examples, seed {config.seed}'))
+
+
+def numbers(found):
+  """The numbers of an Agreement."""
+  return {name: value for name, value in found.plain().items() if isinstance(value, (int, float))}
+
+
+def forward(model):
+  """inputs -> what the model returns in evaluation mode, compiled; its arrays are not copied."""
+  model = nnx.clone(model)
+  model.eval()
+  graph, state = nnx.split(model)
+  return lambda inputs: _forward(graph, state, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph, state, inputs):
+  return nnx.merge(graph, state)(inputs)
+
+
+def split(batch_size, *arrays):
+  """[n, ...] each -> a list of tuples of `batch_size` rows."""
+  count = len(arrays[0])
+  if count % batch_size:
+    raise ValueError(f'A batch_size of {batch_size} does not divide {count} examples. Choose a divisor, so that one '
+                     'program serves all batches.')
+  return [tuple(jnp.asarray(a[i:i + batch_size]) for a in arrays) for i in range(0, count, batch_size)]

@@ -1,0 +1,126 @@
+"""The walk: what each stage sees, that it goes on where it was killed, and what comes out."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qat
+from qat.core import specs
+from qat.models import cnn, decoder
+from qat.nn import weights
+from qat.ptq import methods, solvers, walk
+from qat.quantizers.ste import STE
+
+RECIPE = [qat.Rule(r'blocks/.*', weight=STE(specs.integer(3, (8, 1)))), qat.Rule('.*')]
+NEAREST, GPTQ = methods.Layerwise(solvers.Nearest()), methods.named('gptq', rule='absmax')
+
+
+def network(layers=3):
+  return decoder.llama(nnx.Rngs(0), vocab_size=31, context_length=16, width=16, layers=layers, heads=2)
+
+
+def texts(count=2):
+  return [jax.random.randint(jax.random.key(i), (4, 16), 0, 31) for i in range(count)]
+
+
+def bits(model):
+  """Every array of a model, as bytes."""
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(nnx.state(model))]
+
+
+class Store:
+  """Keeps stages in memory; dies when it is asked to keep stage `dies_at`."""
+
+  def __init__(self, kept=(), dies_at=None):
+    self.kept, self.dies_at, self.loaded = dict(kept), dies_at, []
+
+  def load(self, index):
+    self.loaded += [index] * (index in self.kept)
+    return self.kept.get(index)
+
+  def save(self, index, arrays, facts):
+    if index == self.dies_at:
+      raise KeyboardInterrupt
+    self.kept[index] = arrays, facts
+
+
+def test_round_to_nearest_is_freeze():
+  model = network()
+  quantized = qat.quantize(model, RECIPE)
+  frozen, coverage = walk.walk(quantized, model, texts(), NEAREST)
+  assert bits(frozen) == bits(qat.freeze(quantized))
+  assert len(coverage) == 3 * 7 and all(facts['rows'] == 2 * 4 * 16 for facts in coverage.values())
+
+
+def test_gptq_lowers_the_error_of_the_logits_and_leaves_the_model_as_it_was():
+  model = network()
+  quantized = qat.quantize(model, RECIPE)
+  before = bits(quantized)
+  run = nnx.jit(lambda model, x: model(x))
+  error = lambda frozen: sum(float(jnp.mean((run(frozen, x) - run(model, x)) ** 2)) for x in texts())
+  frozen, coverage = walk.walk(quantized, model, texts(), GPTQ)
+  assert error(frozen) < 0.8 * error(qat.freeze(quantized))
+  assert bits(quantized) == before
+  assert all(isinstance(b.attention.q.__dict__['kernel'], weights.Codes) for b in frozen.blocks)
+  assert not any('fallback' in facts for facts in coverage.values())
+
+
+@pytest.mark.parametrize('dies_at', [0, 2])
+def test_a_walk_that_was_killed_goes_on_to_the_same_bytes(dies_at):
+  model = network()
+  quantized = qat.quantize(model, RECIPE)
+  whole, coverage = walk.walk(quantized, model, texts(), GPTQ)
+  store = Store(dies_at=dies_at)
+  with pytest.raises(KeyboardInterrupt):
+    walk.walk(quantized, model, texts(), GPTQ, store=store)
+  again = Store(store.kept)
+  resumed, facts = walk.walk(quantized, model, texts(), GPTQ, store=again)
+  assert again.loaded == list(range(dies_at))
+  assert bits(resumed) == bits(whole)
+  without_time = lambda cover: {path: {k: v for k, v in f.items() if k != 'seconds'} for path, f in cover.items()}
+  assert without_time(facts) == without_time(coverage)
+
+
+def test_what_another_recipe_left_is_refused():
+  model = network()
+  store = Store()
+  walk.walk(qat.quantize(model, RECIPE), model, texts(), NEAREST, store=store)
+  affine = [qat.Rule(r'blocks/.*', weight=STE(specs.affine(3, (8, 1)))), qat.Rule('.*')]
+  with pytest.raises(ValueError, match='of another model or recipe'):
+    walk.walk(qat.quantize(model, affine), model, texts(), NEAREST, store=store)
+
+
+def test_blocks_see_what_the_quantized_blocks_before_them_return():
+  model = network()
+  seen = {}
+
+  class Spy(methods.Layerwise):
+    def __call__(self, work):
+      seen[work.index] = work.inputs[0].arrays[0]
+      return super().__call__(work)
+
+  frozen, _ = walk.walk(qat.quantize(model, RECIPE), model, texts(), Spy(solvers.Nearest()))
+  x = frozen.embed(texts()[0])
+  for i, block in enumerate(frozen.blocks):
+    np.testing.assert_allclose(seen[i], x, rtol=1e-5, atol=1e-5)
+    x = block(x)
+
+
+def test_a_network_with_batch_norm_keeps_its_statistics_and_its_mode():
+  model = cnn.CNN((4, 8), nnx.Rngs(0), image_shape=(8, 8, 1))
+  model.train()
+  quantized = qat.quantize(model, qat.recipes.get('w4a16'))
+  x = [jax.random.normal(jax.random.key(0), (16, 8, 8, 1))]
+  frozen, coverage = walk.walk(quantized, model, x, methods.named('gptq', rule='absmax'))
+  assert not frozen.blocks[0].norm.use_running_average
+  for mine, other in zip(*(jax.tree.leaves(nnx.state(m, nnx.BatchStat)) for m in (model, frozen))):
+    np.testing.assert_array_equal(mine, other)
+  assert set(coverage) == {'blocks/0/conv', 'blocks/1/conv', 'head'}
+
+
+def test_no_batch_is_refused():
+  model = network()
+  with pytest.raises(ValueError, match='no batch'):
+    walk.walk(qat.quantize(model, RECIPE), model, [], NEAREST)
