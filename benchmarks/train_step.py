@@ -4,7 +4,8 @@ r"""What training on the grid costs: step and compile time of QAT over float, in
 
 A decoder of 4 layers, width 256 (GPT form, vocabulary 65), batch 16 x 128, AdamW, every layer
 quantized. Each round runs every recipe once, in alternating order; a ratio is the median over rounds of
-the recipe's step over float's of the same round. Compile time is tracing and XLA, no cache, one each.
+the recipe's step over float's of the same round. Compile time is tracing and XLA, no cache, the median of COMPILES
+rounds in turn.
 """
 
 import argparse
@@ -31,6 +32,7 @@ RECIPES = {
     'float': (None, None), 'w8a8': (1.03, 1.3), 'w4a16_g64': (1.03, 1.3), 'w4a4': (1.15, None),
     'w4a4_lsq': (None, None), 'mxfp4': (1.15, None)}
 BATCH, LENGTH, VOCABULARY = 16, 128, 65
+COMPILES = 5
 
 
 def network(name):
@@ -60,6 +62,7 @@ def trainer(model):
     return optax.apply_updates(params, updates), moments, value
 
   moments = tx.init(params)
+  jax.clear_caches()
   start = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, moments, rest, tokens()).compile()
   seconds = time.perf_counter() - start
@@ -112,10 +115,15 @@ def main():
   parser.add_argument('--peers', action='store_true', help='qwix and torchao as well, where installed')
   args = parser.parse_args()
   jax.config.update('jax_enable_compilation_cache', False)
-  trainers, compile_s = {}, {}
+  trainers, compiles = {}, {name: [] for name in args.recipes}
   trainer(network('float'))  # The first compilation of a process pays for more than its own.
-  for name in args.recipes:
-    trainers[name], compile_s[name] = trainer(network(name))
+  for _ in range(COMPILES):
+    for name in args.recipes:
+      trainers[name], seconds = trainer(network(name))
+      compiles[name].append(seconds)
+  compile_s = {name: statistics.median(seconds) for name, seconds in compiles.items()}
+  compile_ratio = {name: statistics.median(s / f for s, f in zip(seconds, compiles['float']))
+                   for name, seconds in compiles.items()}
   if args.peers:
     from benchmarks import peers  # Needs PyTorch: `make bench-peers` installs it.
     trainers |= peers.trainers()
@@ -128,7 +136,7 @@ def main():
         recipe=name, step_ms=1e3 * statistics.median(seconds),
         step_ratio=statistics.median(s / f for s, f in zip(seconds, base)),
         compile_s=compile_s.get(name, float('nan')),
-        compile_ratio=compile_s.get(name, float('nan')) / compile_s['float'],
+        compile_ratio=compile_ratio.get(name, float('nan')),
         step_target=step_target, compile_target=compile_target))
   rich.console.Console().print(table(rows))
   args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def ptq(task, pretrained):
 # The options of each method of qat/ptq/methods.py, so that --config.method.<option> can change them.
 METHODS = dict(
     rtn=dict(rule='midrange'), gptq=dict(rule='hessian', damp=0.01, act_order=True),
-    quantease=dict(rule='hessian', damp=0.01, rounds=2, sweeps=2), ldlq=dict(rule='hessian', damp=0.01),
+    quantease=dict(rule='hessian', damp=0.01, rounds=2, sweeps=2), ldlq=dict(rule='hessian', damp=0.01), hqq=dict(),
     awq=dict(rule='midrange'),
     adaround=dict(steps=1000, batch_size=8, rate=1e-2, start=''), autoround=dict(steps=200, batch_size=8, start=''))
 

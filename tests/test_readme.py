@@ -34,7 +34,8 @@ def test_the_quickstart_table_is_that_of_its_result():
 def test_the_results_table_is_that_of_the_result_files():
   text = README.read_text()
   for name in ('mnist_float', 'mnist_lsq_w2a2', 'shakespeare_float', 'shakespeare_w4a8_g32',
-               'shakespeare_w4a8_every_layer'):
+               'shakespeare_w4a8_every_layer', 'shakespeare_w8a8', 'shakespeare_w4a16_g64', 'shakespeare_nvfp4',
+               'shakespeare_mxfp4', 'shakespeare_bitnet'):
     result = results(f'docs/results/{name}.json')
     metrics = result['metrics']
     score = (f'{metrics["bits_per_character"]:.3f}' if 'bits_per_character' in metrics

@@ -76,10 +76,11 @@ def vectors(w, factor, key, size=256, dimension=4, iterations=30):
   Returns:
     VectorArray[i, o], on no output worse than the nearest codes.
   """
+  hessian.check(w, factor.H)
   if w.shape[0] % dimension:
     raise ValueError(f'dimension {dimension}: a weight of {w.shape[0]} inputs has no whole number of such tuples. '
                      f'Pick a divisor of {w.shape[0]}.')
-  w = jnp.where(factor.dead[:, None], jnp.zeros_like(w), w.astype(jnp.float32))
+  w = factor.live(w)
   scale = jnp.sqrt(jnp.mean(w * w, axis=0, keepdims=True)).astype(jnp.float16)
   unit = w * qarray.reciprocal(scale.astype(jnp.float32))
   tuples = _tuples(unit, dimension)                                        # f32[i / d, o, d]

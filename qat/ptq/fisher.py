@@ -26,8 +26,8 @@ def fisher(apply_rest, outputs, loss):
   Returns:
     f32[n, ...], (dL/dz)^2 over its mean; 1 everywhere if no output matters.
 
-  >>> fisher(lambda z: z, jnp.array([[1.0, 3.0]]), lambda y: jnp.sum(y * y) / 2)
-  Array([[0.2, 1.8]], dtype=float32)
+  >>> fisher(lambda z: z, jnp.array([[1.0, 1.0, 2.0]]), lambda y: jnp.sum(y * y) / 2)
+  Array([[0.5, 0.5, 2. ]], dtype=float32)
   """
   g = jax.grad(lambda z: loss(apply_rest(z)))(outputs).astype(jnp.float32)
   squares = g * g

@@ -55,9 +55,10 @@ def gptq(w, H, spec, scale=None, zero=None, damp=0.01, act_order=False):
 @functools.partial(jax.jit, static_argnames='spec')
 def walk(w, factor, spec, scale=None, zero=None):
   """GPTQ's loop, for a factor of H: QArray[i, o]."""
+  hessian.check(w, factor.H)
   scale, zero = rtn.place(w, spec, scale, zero)
   points = rtn.points(scale, zero, spec, w.shape)
-  w = jnp.where(factor.dead[:, None], jnp.zeros_like(w), w.astype(jnp.float32))
+  w = factor.live(w)
   U = jax.scipy.linalg.solve_triangular(factor.R, jnp.eye(len(w)))         # U^T U = H^-1
   in_order = lambda a: a[factor.order]
   units = round_rows(in_order(w), U, jax.tree.map(in_order, points))

@@ -42,6 +42,10 @@ class Factor:
     """bool[], whether R stands for H."""
     return jnp.isfinite(self.damp)
 
+  def live(self, w):
+    """`w` with the weights of dead inputs at 0: float[i, o] -> f32[i, o]."""
+    return jnp.where(self.dead[:, None], jnp.zeros(w.shape), w.astype(jnp.float32))
+
 
 @functools.partial(jax.jit, static_argnames='act_order')
 def factor(H, damp=0.01, act_order=False):
@@ -70,6 +74,13 @@ def factor(H, damp=0.01, act_order=False):
   R = jnp.where(ok, R, jnp.eye(len(H)))
   size = jnp.diag(R) ** 2
   return Factor(H, order, dead & ok, R, jnp.where(ok, used, jnp.inf), jnp.max(size) / jnp.min(size))
+
+
+def check(w, H):
+  """Raises unless H: f32[i, i] can be the Hessian of w: f32[i, o]."""
+  if w.ndim != 2 or H.shape != (w.shape[0],) * 2:
+    raise ValueError(f'A weight of shape {w.shape} and a Hessian of shape {H.shape}: the weight must be a matrix '
+                     '[i, o], and the Hessian the mean of x^T x, [i, i]. For kernels [out, in], transpose the weight.')
 
 
 def upper_cholesky(H):

@@ -32,9 +32,10 @@ def ldlq(w, factor, spec, scale=None, zero=None):
   Returns:
     QArray[i, o].
   """
+  hessian.check(w, factor.H)
   scale, zero = rtn.place(w, spec, scale, zero)
   points = rtn.points(scale, zero, spec, w.shape)
-  w = jnp.where(factor.dead[:, None], jnp.zeros_like(w), w.astype(jnp.float32))
+  w = factor.live(w)
   M = factor.R / jnp.diag(factor.R)[None]                                  # M + I: its diagonal is not read.
   in_order = lambda a: a[factor.order]
   units = feedback(in_order(w), in_order(w), M, jax.tree.map(in_order, points))

@@ -1,8 +1,6 @@
 """Methods: how the layers of one stage of the walk are solved: (Work) -> {layer: facts}."""
 
 import dataclasses
-import difflib
-import inspect
 import re
 from collections.abc import Callable
 
@@ -13,9 +11,8 @@ from flax import nnx
 
 from qat.core import qarray, ranges
 from qat.nn import quantized, rules, transform
-from qat.ptq import awq, links as links_, presets, reconstruct, running, scales, solvers, taps, walk
+from qat.ptq import awq, links as links_, reconstruct, running, taps, walk
 from qat.ptq.moments import Moments
-from qat.quantizers import adaround, autoround, base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +134,8 @@ class Blockwise:
     quantizer: spec -> the quantizer of a weight, such as adaround.AdaRound.
     settings: a value of qat/ptq/presets.py.
     start: a Layerwise, from whose codes they start; None: from what the quantizers start with.
-    float_targets: whether targets are what the block gives in the float model, as in AdaRound (Sec. 3.3), or what it gives
-      in floats on the inputs that the quantized model has for it.
+    float_targets: whether targets are what the block gives in the float model, as in AdaRound (Sec. 3.3), or what it
+      gives in floats on the inputs that the quantized model has for it.
     seed: of the batches.
   """
   quantizer: Callable
@@ -181,79 +178,3 @@ class Blockwise:
       pairs = zip(*(transform.activations(vars(layer)['quantizers']) for layer in (mine, other)))
       for (holder, slot), (theirs, _) in pairs:
         setattr(holder, slot, getattr(theirs, slot))
-
-
-RULES = dict(absmax=ranges.absmax, midrange=ranges.midrange, search=ranges.Search(), hessian=scales.HessianSearch())
-
-
-def nearest(rule='absmax'):
-  """Round to nearest."""
-  return Layerwise(solvers.Nearest(_rule(rule)))
-
-
-def gptq(rule='hessian', damp=0.01, act_order=True):
-  """GPTQ (qat/ptq/gptq.py)."""
-  return Layerwise(solvers.GPTQ(damp=damp, act_order=act_order, rule=_rule(rule)))
-
-
-def quantease(rule='hessian', damp=0.01, rounds=2, sweeps=2):
-  """GPTQ's codes, refined by coordinate descent and least-squares scales (qat/ptq/quantease.py)."""
-  return Layerwise(solvers.QuantEase(solvers.GPTQ(damp=damp, rule=_rule(rule)), rounds, sweeps, damp))
-
-
-def ldlq(rule='hessian', damp=0.01):
-  """QuIP's rounding (qat/ptq/ldlq.py)."""
-  return Layerwise(solvers.LDLQ(damp=damp, rule=_rule(rule)))
-
-
-def hqq():
-  """HQQ (qat/ptq/hqq.py), for grids that have a zero."""
-  return Layerwise(solvers.HQQ())
-
-
-def awq_scaled(rule='absmax', links=()):
-  """AWQ: scales, then clipped ranges."""
-  return Scaled(Layerwise(awq.Clipped()), tuple(links), _rule(rule))
-
-
-def adaround_(steps=1000, batch_size=8, rate=1e-2, start=''):
-  """AdaRound on blocks, by default from round to nearest."""
-  settings = dataclasses.replace(presets.ADAROUND, steps=steps, batch_size=batch_size,
-                                 groups=(reconstruct.Group(base.Rounding, rate),))
-  return Blockwise(adaround.AdaRound, settings, _start(start))
-
-
-def autoround_(steps=200, batch_size=8, start=''):
-  """SignRound on blocks."""
-  settings = dataclasses.replace(presets.AUTOROUND, steps=steps, batch_size=batch_size)
-  return Blockwise(autoround.SignRound, settings, _start(start))
-
-
-METHODS = dict(rtn=nearest, gptq=gptq, quantease=quantease, ldlq=ldlq, hqq=hqq, awq=awq_scaled, adaround=adaround_, autoround=autoround_)
-
-
-def named(name, links=(), **options):
-  """The method of a config's {'name': 'gptq', 'damp': 0.05}; `links` are those of the network, for methods that use any.
-
-  >>> named('rtn', rule='midrange').solver.rule.__name__
-  'midrange'
-  """
-  if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f'Did you mean {near[0]!r}? ' if near else ''
-    raise ValueError(f'method {name!r}: there is none of that name. {hint}Known: {", ".join(METHODS)}.')
-  known = inspect.signature(METHODS[name]).parameters
-  if unknown := sorted(set(options) - set(known)):
-    raise ValueError(f'method {name!r}: {unknown} mean nothing to it. It takes {sorted(set(known) - {"links"})}.')
-  return METHODS[name](**options, **dict(links=links) if 'links' in known else {})
-
-
-def _start(name):
-  """The Layerwise method from whose codes learning starts: a name, or ''."""
-  return named(name) if name else None
-
-
-def _rule(name):
-  if name not in RULES:
-    raise ValueError(f'range rule {name!r}: there is none of that name. Known: {", ".join(RULES)}.')
-  return RULES[name]

@@ -49,9 +49,9 @@ def hardening(progress):
   return 1 - (1 - progress) ** 3
 
 
-# AdaRound(spec, regularization=0): no regularizer drives h to 0 and 1, but the roundings nearest to these are fixed, more
-# after each of 20 rounds of 250 steps. Li and Panda 2024, https://arxiv.org/abs/2410.19103. The paper's shares are
-# handcrafted as well, and its steps are learned too.
+# AdaRound(spec, regularization=0): no regularizer drives h to 0 and 1, but the roundings nearest to these are fixed,
+# more after each of 20 rounds of 250 steps. Li and Panda 2024, https://arxiv.org/abs/2410.19103. The paper's shares are
+# handcrafted as well, but others; its steps are learned too.
 TESSERAQ = Settings((Group(base.Rounding, 1e-3),), steps=20 * 250, batch_size=4, checks=20, hardened=hardening)
 
 # FlexRound. Lee et al. 2023, https://arxiv.org/abs/2306.00317: 5,000 steps at 3e-3, batches of 1 of 512 texts.

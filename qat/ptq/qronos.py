@@ -36,9 +36,10 @@ def qronos(w, factor, G, spec, scale=None, zero=None):
   Returns:
     QArray[i, o].
   """
+  hessian.check(w, factor.H)
   scale, zero = rtn.place(w, spec, scale, zero)
   points = rtn.points(scale, zero, spec, w.shape)
-  w = jnp.where(factor.dead[:, None], jnp.zeros_like(w), w.astype(jnp.float32))
+  w = factor.live(w)
   dot = functools.partial(jnp.matmul, precision=hessian.HIGHEST)
   drift = dot(G - factor.H, w)                                             # X~^T (X - X~) w
   in_order = lambda a: a[factor.order]

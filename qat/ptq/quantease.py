@@ -30,6 +30,8 @@ def descend(w, H, q, sweeps=4):
   Returns:
     QArray[i, o].
   """
+  hessian.check(w, H)
+  w = w.astype(jnp.float32)
   points = rtn.points(q.scale, q.zero, q.spec, w.shape)
   inverse = qarray.reciprocal(jnp.diag(H))                                 # 0 for dead inputs, which stay.
   M = H * inverse[None]

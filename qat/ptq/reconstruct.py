@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qat.nn import quantized, transform
+from qat.nn import quantized, rules, transform
 from qat.quantizers import adaround, qdrop
 
 
@@ -143,6 +143,25 @@ def reconstruct(block, apply, inputs, targets, settings, key, importance=None):
   result = program.join(best, rest)
   each_quantizer(result, lambda q: q.settled())
   return result, Report(before, dict(history)[best_step], best_step, time.monotonic() - began, tuple(history))
+
+
+def starting_at(block, codes):
+  """A copy of `block` whose weights' quantizers start from codes, such as GPTQ's, and learn from there.
+
+  Args:
+    block: a module with quantizers that have a `starting_at(w, q)`: AdaRound, SignRound.
+    codes: {path of a layer or Param in the block: QArray[*lead, in, out]}; the other weights keep theirs.
+  """
+  block = nnx.clone(block)
+  weights = {s.path: (quantized.of(s.module).weights[s.name], s) for s in rules.sites(block)
+             if s.name and quantized.of(s.module) is not None and s.name in vars(quantized.of(s.module).weights)}
+  for path, q in codes.items():
+    if path not in weights:
+      raise ValueError(f"starting_at: there are codes for '{path}', and the block's quantized weights are "
+                       f'{sorted(weights)}. Give the codes under these paths.')
+    weight, site = weights[path]
+    weight.quantizer = weight.quantizer.starting_at(weight.layout.to_matrix(site.variable.get_value()), q)
+  return block
 
 
 @jax.tree_util.register_dataclass

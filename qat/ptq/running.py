@@ -26,7 +26,8 @@ class Inputs:
     """(args, kwargs)."""
     structure, fixed = self.rest
     arrays, fixed = iter(self.arrays), dict(fixed)
-    return jax.tree.unflatten(structure, [fixed[i] if i in fixed else next(arrays) for i in range(structure.num_leaves)])
+    leaves = [fixed[i] if i in fixed else next(arrays) for i in range(structure.num_leaves)]
+    return jax.tree.unflatten(structure, leaves)
 
   def after(self, y):
     """The inputs of the next block of a chain, which is called on what this one returned."""

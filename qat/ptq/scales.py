@@ -22,13 +22,13 @@ class HessianSearch(ranges.Search):
   https://github.com/ggml-org/llama.cpp/pull/4861). Inputs that are always 0 count for nothing.
 
   Levels such as -8 .. 7 reach further on one side: scales of both `signs` are tried where their own grid has both,
-  which costs no bit. On SmolLM2's layers that takes 11 to 14 % off GPTQ's error at 2, 3 and 4 bits.
+  which costs no bit. On layers of SmolLM2 that takes about an eighth off GPTQ's error, at 2, 3 and 4 bits alike.
   """
   signs: tuple[float, ...] = (1.0, -1.0)
 
   def __call__(self, w, spec, H=None):
     """The scale and the zero of f32[i, o], for H: f32[i, i]. Without an H all inputs count alike."""
-    importance = None if H is None else jnp.diag(H)[:, None]
+    w, importance = w.astype(jnp.float32), None if H is None else jnp.diag(H)[:, None]
     search = super().__call__
     if not _has_sides(spec):
       return search(w, spec, importance)
@@ -83,7 +83,8 @@ def refit(w, H, q):
   Returns:
     QArray[i, o] with the codes of `q`; `q` itself if its blocks are runs that cross columns.
   """
-  tile = tiles(q.spec.block, w.shape)
+  hessian.check(w, H)
+  w, tile = w.astype(jnp.float32), tiles(q.spec.block, w.shape)
   if tile is None:
     return q
   now = jnp.stack([_to_grid(a, q.spec.block, tile, w.shape) for a in _offsets(q)])        # f32[c, g, p]

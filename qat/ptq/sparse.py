@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray, ranges
-from qat.ptq import gptq, rtn, scales
+from qat.ptq import gptq, hessian, rtn, scales
 
 VALUE_BITS, COLUMN_BITS, POINTER_BITS = 16, 16, 32  # compressed rows, Sec. 4.2
 
@@ -78,7 +78,8 @@ def spqr(w, factor, spec, share=0.01, rule=ranges.absmax):
   Returns:
     DenseAndSparse, on no output worse than rounding the others to nearest.
   """
-  w = jnp.where(factor.dead[:, None], jnp.zeros_like(w), w.astype(jnp.float32))
+  hessian.check(w, factor.H)
+  w = factor.live(w)
   U = jax.scipy.linalg.solve_triangular(factor.R, jnp.eye(len(w)))
   inverse = jnp.zeros(len(w)).at[factor.order].set(jnp.sum(U * U, axis=0))  # the diagonal of H^-1
   sensitivity = (w - qarray.fake(w, spec, *scales.fit(rule, w, spec, factor.H))) ** 2 / inverse[:, None]

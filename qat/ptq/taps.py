@@ -97,6 +97,8 @@ def moments(model, paths):
     if site.name is None or site.path not in paths:
       continue
     q = quantized.of(site.module)
-    taps = (vars(site.module).get('conv_general_dilated'), q and q.input)
-    found |= {site.path: tap.gathered.get_value() for tap in taps if isinstance(tap, (Rows, Patches))}
+    places = (vars(site.module).get('conv_general_dilated'), q and q.input)
+    for tap in places:
+      if isinstance(tap, (Rows, Patches)):
+        found[site.path] = tap.gathered.get_value()
   return found

@@ -18,7 +18,7 @@ from qat.evals import size
 from qat.nn import calibrate
 from qat.nn import recipes
 from qat.nn import transform
-from qat.ptq import methods
+from qat.ptq import named
 from qat.ptq import stages
 from qat.ptq import walk
 from qat.run import config as configs
@@ -40,7 +40,7 @@ def main(config, workdir):
 
   # ------------------------------------------------------------------------ network, grids, ranges of the inputs
   task = names.resolve(tasks, config.task, 'task')(config)
-  method = methods.named(**config.method.to_dict(), links=task.links)
+  method = named.named(**config.method.to_dict(), links=task.links)
   floats = transforms.apply(task, config.transforms)
   model = transform.quantize(floats, recipes.resolve(config.recipe.to_dict()))
   model = calibrate.calibrate(model, task.batches, tasks.call)

@@ -23,7 +23,7 @@ def begin(workdir, config):
   except OSError as error:
     raise ValueError(f'--workdir {str(workdir)!r} cannot be written: {error.strerror or error}. '
                      'Choose a folder that you own, or ask for write permission.') from error
-  if checkpoint.steps(workdir) or checkpoint.steps(workdir / 'solved'):  # Before the first, there is nothing to go on with.
+  if any(checkpoint.steps(folder) for folder in (workdir, workdir / 'solved')):  # Else there is nothing to go on with.
     configs.check_same(config, workdir)
   metrics.write(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
   return workdir

@@ -11,11 +11,14 @@ import pytest
 from configs import defaults
 from qat.nn import recipes
 from qat.nn import transform
+from qat.ptq import named
 from qat.run import build
 from qat.run import config as configs
 from qat.run import cli
 from qat.run import optim
 from qat.run import packages
+from qat.run import tasks
+from qat.run import transforms
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'defaults'))
@@ -24,6 +27,11 @@ RECIPES = ('float', 'w8a8', 'w4a8', 'w4a16_g64', 'mxfp4', 'nvfp4', 'bitnet')
 ARGS = ([('quickstart', 'smoke')]
         + [(file, f'quantizer={q},bits={b},smoke') for file in ('digits', 'mnist') for q in QUANTIZERS for b in (2, 4)]
         + [('shakespeare', f'recipe={r},smoke') for r in RECIPES])
+# Of `qat ptq`: the file, its argument, and a name that its recipe's rules must match.
+PTQ = ([('smollm2', f'method={m},bits={b}', 'blocks/0/attention/q') for m in defaults.METHODS for b in (4, 3, 2)]
+       + [('smollm2', 'inputs=4,rotate', 'blocks/29/ffn/down'), ('minilm', 'recipe=w8a8_static', 'blocks/0/ffn/up'),
+          ('minilm', 'recipe=w4a8_static,alpha=0', 'blocks/5/attention/o'), ('efficientnet', '', 'head'),
+          ('ptq', 'workdir=/tmp/none,method=adaround,recipe=w2a16', 'layers/0')])
 
 
 def source(file, arg=''):
@@ -31,7 +39,7 @@ def source(file, arg=''):
 
 
 def test_every_config_is_here():
-  assert {file for file, _ in ARGS} == set(FILES)
+  assert {file for file, *_ in ARGS + PTQ} == set(FILES)
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -43,8 +51,18 @@ def test_docstring_says_how_to_run_it(file):
 
 @pytest.mark.parametrize('file', FILES)
 def test_sections_stand_in_the_same_order(file):
-  base, config = list(defaults.base()), list(configs.build(source(file)))
-  assert [k for k in config if k in base] == base
+  base = list(defaults.ptq('', '') if file in {name for name, *_ in PTQ} else defaults.base())
+  assert [k for k in configs.build(source(file)) if k in base] == base
+
+
+@pytest.mark.parametrize('file, arg, path', PTQ)
+def test_those_of_ptq_name_a_task_a_method_and_a_rule(file, arg, path):
+  config = configs.build(source(file, arg))
+  assert callable(getattr(tasks, config.task))
+  assert callable(named.named(**config.method.to_dict()))
+  rule = next(r for r in recipes.resolve(config.recipe.to_dict()) if re.fullmatch(r.path, path))
+  assert rule.weight is not None
+  assert all(t['name'] in transforms.TRANSFORMS for t in config.transforms)
 
 
 @pytest.mark.parametrize('file, arg', ARGS)

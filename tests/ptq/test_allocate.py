@@ -197,7 +197,7 @@ def test_post_training_quantization_takes_the_recipe():
   model, x = zoo.Containers(nnx.Rngs(0)), zoo.example('containers')
   choice = dict(zip(allocate.places(model), itertools.cycle(['w4', 'w8a8'])))
   q = transform.quantize(model, allocate.recipe(choice, CANDIDATES, model))
-  frozen, coverage = walk.walk(q, model, [x], methods.named('rtn'))
+  frozen, coverage = walk.walk(q, model, [x], named.named('rtn'))
   rows = {r.path: r for r in explain.explain(frozen).rows}
   assert set(coverage) == set(choice)
   for path, name in choice.items():

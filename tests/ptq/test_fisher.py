@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information of a block's output (Li et al. 2021, https://arxiv.org/abs/2102.05426, Eq. 10)."""
+"""The importance of a block's output against Li et al. 2021 (https://arxiv.org/abs/2102.05426), Eq. 10."""
 
 import jax
 import jax.numpy as jnp

@@ -57,3 +57,8 @@ def test_objective_is_the_squared_error_of_the_outputs():
   x, dw = rng.standard_normal((50, 24)), rng.standard_normal((24, 5))
   got = hessian.objective(jnp.float32(dw), jnp.float32(x.T @ x / 50))
   np.testing.assert_allclose(got, ((x @ dw) ** 2).mean(0), rtol=1e-4)
+
+
+def test_says_that_shapes_do_not_fit():
+  with pytest.raises(ValueError, match=r'shape \(8, 24\) and a Hessian of shape \(24, 24\).*transpose'):
+    hessian.check(np.zeros((8, 24)), correlated())

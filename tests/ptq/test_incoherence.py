@@ -46,8 +46,10 @@ def test_hadamards_keep_their_bound():
 
 
 def test_two_bits_lose_less_where_weights_have_outliers_and_nothing_where_they_have_none():
-  spec = specs.integer(2, (None, 1))
+  """Under one scale for the matrix, as the paper has it."""
+  spec = specs.integer(2, specs.TENSOR)
 
+  @jax.jit
   def solve(w, H):
     q = ldlq.ldlq(w, hessian.factor(H), spec, *scales.fit(scales.HessianSearch(), w, spec, H))
     return hessian.objective(qarray.decode(q) - w, H).sum()
@@ -56,4 +58,4 @@ def test_two_bits_lose_less_where_weights_have_outliers_and_nothing_where_they_h
   gain = lambda w, H: solve(w, H) / solve(*incoherence.rotate(w, H, U, V))
   w, H = spiky()
   assert gain(w, H) > 1.5
-  assert 0.8 < gain(jax.random.normal(jax.random.key(5), w.shape), H) < 1.25
+  assert 0.9 < gain(jax.random.normal(jax.random.key(5), w.shape), H) < 1.1

@@ -1,4 +1,4 @@
-"""Reconstruction: every method lowers the error of a block, none ends worse than it began, the same key gives the same bits."""
+"""Each method lowers a block's error, none ends worse than it began, and the same key gives the same bits."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import pytest
 from sklearn import datasets
 
 from qat.core import qarray, ranges, rounding, specs
-from qat.models import mlp
+from qat.models import decoder, mlp
 from qat.nn import calibrate, rules, transform
 from qat.ptq import presets, reconstruct
 from qat.quantizers import adaround, autoround, base, efficient, flexround, lsq, lwc, qdrop, ste
@@ -76,7 +76,8 @@ def test_each_method_lowers_the_error_of_what_is_served(name):
   assert error(start) == pytest.approx(report.before, rel=1e-4)            # And the given block is as it was.
   assert error(transform.freeze(block)) == pytest.approx(report.after, rel=1e-4)
   assert report.after < (1 - METHODS[name][2]) * report.before
-  assert report.after == min(loss for _, loss in report.history) and dict(report.history)[report.best_step] == report.after
+  history = dict(report.history)
+  assert report.after == min(history.values()) == history[report.best_step]
   assert [type(q) for q in reconstruct.quantizers(block)] == [type(q) for q in reconstruct.quantizers(start)]
 
 
@@ -165,7 +166,7 @@ def digits():
   images, labels = datasets.load_digits(return_X_y=True)
   order = np.random.default_rng(123).permutation(len(labels))
   x, labels = jnp.float32(images[order] / 16), jnp.int32(labels[order])
-  model = mlp.MLP((64, 32, 32, 10), nnx.Rngs(0))
+  model = mlp.MLP((64, 32, 32, 32, 32, 10), nnx.Rngs(0))
   graph, params = nnx.split(model)
   tx = optax.adam(optax.cosine_decay_schedule(5e-3, 2000))
 
@@ -215,8 +216,51 @@ def test_adaround_beats_nearest_by_8_points_on_digits_in_2_bits():
       layer.kernel[...] = qarray.decode(qarray.encode(w, spec, *ranges.Search()(w, spec), rounding=rounding))
     return accuracy(new)
 
-  settings = dataclasses.replace(presets.ADAROUND, steps=1000, checks=2, groups=(group(base.Rounding, 2e-2),))
+  settings = dataclasses.replace(presets.ADAROUND, steps=600, checks=2, groups=(group(base.Rounding, 3e-2),))
   learned = accuracy(layer_by_layer(model, calibration, adaround.AdaRound(spec), settings))
   nearest, floor = fixed(rounding.half_even), fixed(rounding.floor)
-  print(accuracy(model), nearest, floor, learned)
-  assert floor < nearest and learned >= nearest + 8 and learned >= accuracy(model) - 4
+  assert floor < nearest and learned >= nearest + 8 and learned >= accuracy(model) - 5
+
+
+@functools.cache
+def transformer_block():
+  """A small block of Llama's form with outliers in its inputs [12, 16, 64], and its outputs."""
+  model = decoder.llama(nnx.Rngs(0), vocab_size=8, context_length=16, width=64, layers=1, heads=4)
+  x = jax.random.normal(jax.random.key(1), (12, 16, 64)) @ jax.random.normal(jax.random.key(2), (64, 64)) / 8
+  return model.blocks[0], x, apply(model.blocks[0], x)
+
+
+@pytest.mark.parametrize('bits, share', [(3, 0.3), (2, 0.4)])
+def test_signround_lowers_the_error_of_a_transformer_block(bits, share):
+  block, x, y = transformer_block()
+  block = transform.quantize(block, [rules.Rule('.*', weight=autoround.SignRound(specs.integer(bits, (32, 1))))])
+  _, report = reconstruct.reconstruct(block, apply, x, y, dataclasses.replace(presets.AUTOROUND, steps=100), KEY)
+  assert report.after < (1 - share) * report.before
+
+
+def test_it_goes_on_from_given_codes():
+  """Those of rounding up, which no method would choose: the start is theirs, bit for bit, and is improved on."""
+  block, x, y = transformer_block()
+  spec, matrices = specs.integer(3, (32, 1)), {s.path: s.variable.get_value() for s in rules.sites(block) if s.name}
+  up = {path: qarray.encode(w, spec, *qarray.absmax(w, spec), rounding=rounding.ceil) for path, w in matrices.items()}
+  frozen = transform.quantize(block, [rules.Rule('.*', weight=ste.STE(spec))])
+  transform.hold(frozen, up)
+  want = float(jnp.mean((apply(frozen, x) - y) ** 2))
+  settings = dataclasses.replace(presets.AUTOROUND, steps=10)
+  for quantizer in (autoround.SignRound(spec), adaround.AdaRound(spec)):
+    started = reconstruct.starting_at(transform.quantize(block, [rules.Rule('.*', weight=quantizer)]), up)
+    _, report = reconstruct.reconstruct(started, apply, x, y, settings, KEY)
+    assert report.before == pytest.approx(want, rel=1e-4) and report.after < 0.9 * want
+  with pytest.raises(ValueError, match="codes for 'attention/z'"):
+    reconstruct.starting_at(started, {'attention/z': up['ffn/up']})
+
+
+def test_blocks_of_one_structure_share_a_program():
+  model = decoder.llama(nnx.Rngs(0), vocab_size=8, context_length=16, width=32, layers=2, heads=4)
+  model = transform.quantize(model, [rules.Rule('blocks/.*', weight=adaround.AdaRound(specs.integer(3, (32, 1))))])
+  x = jax.random.normal(KEY, (4, 8, 32))
+  sizes = [reconstruct._train._cache_size()]
+  for block in model.blocks:
+    reconstruct.reconstruct(block, apply, x, 2 * x, dataclasses.replace(SHORT, steps=2, checks=1), KEY)
+    sizes.append(reconstruct._train._cache_size())
+  assert sizes[1] == sizes[2] == sizes[0] + 1

@@ -27,7 +27,7 @@ def folded(form, tied_head):
   return (model, *rotate.fold_norms(model, stream))
 
 
-forms = pytest.mark.parametrize(('form', 'tied_head'), itertools.product(['gpt', 'llama'], [True, False]))
+forms = pytest.mark.parametrize(('form', 'tied_head'), [*itertools.product(['gpt', 'llama'], [True, False])])
 
 
 @forms

@@ -70,7 +70,7 @@ def test_einsum_of_a_batch_has_moments_of_each():
 
 @pytest.mark.parametrize('groups, strides, padding', [(1, 1, 'SAME'), (2, 2, 'VALID'), (4, 1, 'SAME')])
 def test_patches_of_a_convolution_multiply_as_it_does(groups, strides, padding):
-  """x_hat^T x_hat is right if patches times the matrices of the layer are its outputs; both are checked by the trace."""
+  """w^T H w is the mean square of each output, if patches and the layer's matrix have one order."""
   x = draw(2, 6, 6, 4)
   layer = nnx.Conv(4, 8, (3, 3), strides, padding=padding, feature_group_count=groups, use_bias=False, rngs=nnx.Rngs(0))
   moments = gathered(layer, x)['layer']

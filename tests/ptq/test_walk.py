@@ -10,11 +10,11 @@ import qat
 from qat.core import specs
 from qat.models import cnn, decoder
 from qat.nn import weights
-from qat.ptq import methods, solvers, walk
+from qat.ptq import methods, named, solvers, walk
 from qat.quantizers.ste import STE
 
 RECIPE = [qat.Rule(r'blocks/.*', weight=STE(specs.integer(3, (8, 1)))), qat.Rule('.*')]
-NEAREST, GPTQ = methods.Layerwise(solvers.Nearest()), methods.named('gptq', rule='absmax')
+NEAREST, GPTQ = methods.Layerwise(solvers.Nearest()), named.named('gptq', rule='absmax')
 
 
 def network(layers=3):
@@ -113,7 +113,7 @@ def test_a_network_with_batch_norm_keeps_its_statistics_and_its_mode():
   model.train()
   quantized = qat.quantize(model, qat.recipes.get('w4a16'))
   x = [jax.random.normal(jax.random.key(0), (16, 8, 8, 1))]
-  frozen, coverage = walk.walk(quantized, model, x, methods.named('gptq', rule='absmax'))
+  frozen, coverage = walk.walk(quantized, model, x, named.named('gptq', rule='absmax'))
   assert not frozen.blocks[0].norm.use_running_average
   for mine, other in zip(*(jax.tree.leaves(nnx.state(m, nnx.BatchStat)) for m in (model, frozen))):
     np.testing.assert_array_equal(mine, other)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qat.core import codebooks, formats, qarray, ranges, specs
-from qat.quantizers import base, bitnet, dorefa, lsq, pact, static, stochastic
+from qat.quantizers import adaround, autoround, base, bitnet, dorefa, efficient, flexround, lsq, lwc, pact, qdrop
+from qat.quantizers import static, stochastic
 from qat.quantizers.ste import STE
 
 
@@ -63,8 +64,26 @@ MEMBERS = {
     'dorefa, 4 bits': kernel(dorefa.DoReFaWeight(4)), 'dorefa, input': tokens(dorefa.DoReFaInput(4)),
     'stochastic': kernel(stochastic.StochasticRounding(INT4)),
     'stochastic input': tokens(stochastic.StochasticRounding(specs.integer(8, specs.TOKEN), seed=3)),
+    'adaround': kernel(adaround.AdaRound(specs.integer(3, (32, 1)))),
+    'adaround, affine a tensor': kernel(adaround.AdaRound(specs.affine(2, specs.TENSOR))),
+    'adaround, nvfp4': kernel(adaround.AdaRound(specs.kernel(specs.NVFP4))),
+    'adaround, nf4 in runs': kernel(adaround.AdaRound(specs.kernel(specs.NF4))),
+    'adaround, from codes': lambda w: adaround.AdaRound(INT4).starting_at(w, qarray.encode(w[::-1], INT4)),
+    'signround': kernel(autoround.SignRound(specs.integer(3, specs.CHANNEL))),
+    'signround, affine': kernel(autoround.SignRound(specs.affine(4, (32, 1)))),
+    'signround, q4_1': kernel(autoround.SignRound(specs.kernel(specs.Q4_1))),
+    'signround, mxfp4': kernel(autoround.SignRound(specs.kernel(specs.MXFP4), ranges.ocp_floor)),
+    'signround, from codes': lambda w: autoround.SignRound(INT4).starting_at(w, qarray.encode(w[::-1], INT4)),
+    'flexround': kernel(flexround.FlexRound(INT4)),
+    'flexround, affine': kernel(flexround.FlexRound(specs.affine(4, (32, 1)))),
+    'lwc': kernel(lwc.LWC(INT4)), 'lwc, affine': kernel(lwc.LWC(specs.affine(3, (32, 1)))),
+    'learned grid': kernel(efficient.LearnedGrid(INT4)),
+    'learned grid, affine': kernel(efficient.LearnedGrid(specs.affine(2, (32, 1)), ranges.Search())),
+    'qdrop': calibrated(qdrop.QDrop(lsq.LSQ(specs.integer(4, specs.TENSOR)))),
     'bitnet, weight': kernel(bitnet.weight()), 'bitnet, input': tokens(bitnet.input()),
 }
+
+LEARNS_STEPS = ('lsq', 'pact', 'signround', 'flexround', 'lwc', 'learned grid', 'qdrop')
 
 
 def example(dtype):
@@ -172,7 +191,7 @@ def test_compiles_once():
   assert len(traces) == 1
   moved = jax.tree.map(lambda a, b: (np.asarray(a) != b).any(), nnx.state(members, base.StepSize), before)
   assert all(jax.tree.leaves(moved))
-  assert len(jax.tree.leaves(moved)) == sum(n.startswith(('lsq', 'pact')) for n in MEMBERS)
+  assert set(moved) == {n for n in MEMBERS if n.startswith(LEARNS_STEPS)}
 
 
 @pytest.mark.parametrize('quantizer', [static.Static(UINT4), lsq.LSQ(UINT4)], ids=['static', 'lsq'])

@@ -85,12 +85,12 @@ def test_training_runs_and_their_float(tmp_path, monkeypatch):
   """As `qat train` leaves them."""
   results = pathlib.Path(__file__).parents[2] / 'docs' / 'results'
   workdirs = [save(tmp_path, path.stem, path.read_text()) for path in sorted(results.glob('shakespeare_*.json'))]
-  assert len(workdirs) == 3
+  assert len(workdirs) >= 3
   points = points_of(workdirs, 'bits_per_character')
   axis, _ = figure_of(points, 'bits_per_character', monkeypatch)
   base = next(p.value for p in points if p.method == 'float')
   assert [line.get_ydata()[0] for line in axis.lines if line.get_label().startswith('float')] == [base]
-  assert all(x < 8 for line in axis.lines if not line.get_label().startswith('float') for x in line.get_xdata())
+  assert all(x < 9 for line in axis.lines if not line.get_label().startswith('float') for x in line.get_xdata())
   assert 'Bits per character against bits per weight' in frontier.write(
       workdirs, tmp_path, 'bits_per_character').read_text()
 
