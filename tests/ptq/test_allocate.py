@@ -10,7 +10,7 @@ import pytest
 
 from qat.core import specs
 from qat.nn import explain, recipes, rules, transform
-from qat.ptq import allocate, methods, sensitivity, walk
+from qat.ptq import allocate, named, sensitivity, walk
 from qat.quantizers import ste
 from tests.nn import zoo
 
