@@ -43,6 +43,17 @@ def test_the_results_table_is_that_of_the_result_files():
     assert re.search(rf'\| {re.escape(score)}[^|]*\| {result["size_bytes"] / 1024:,.0f} KiB \|', text), name
 
 
+def test_the_smollm2_table_is_that_of_its_results():
+  text = README.read_text()
+  files = sorted((ROOT / 'docs/results/smollm2').glob('*.json'))
+  assert len(files) >= 5
+  for path in files:
+    found = json.loads(path.read_text())
+    row = (f'| {found["bits_per_weight"]:.1f} | {found["metrics"]["perplexity"]:.2f} | {found["metrics"]["mean_kl"]:.3f} '
+           f'| {found["walk_seconds"]:,.0f} |')
+    assert row in text, (path, row)
+
+
 def test_the_benchmark_table_is_that_of_its_result():
   lines = README.read_text().split('## What a step costs')[1].splitlines()
   for row in results('benchmarks/results/train_step.json')['rows']:
