@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qat.nn import quantized
+from qat.nn import calls, quantized
 
 # Layers whose outputs are the last axis of kernel, bias and result.
 FOLDED = (nnx.Linear, nnx.Conv)
@@ -59,33 +59,12 @@ def fold_batch_norm(model, *args, **kwargs):
 
 def _pairs(model, args, kwargs):
   """(path of a layer, path of the BatchNorm that reads what it returns), each called once."""
-  watched, log = nnx.clone(model), []
-  watched.eval()
-  for path, module in list(quantized.walk(watched)):
-    if isinstance(module, (*FOLDED, nnx.BatchNorm)):
-      module.__class__ = _recorded(type(module), path, log)
-  nnx.eval_shape(lambda model, args, kwargs: model(*args, **kwargs), watched, args, kwargs)
-  calls = collections.Counter(path for path, *_ in log)
-  made = {id(y): (path, cls) for path, cls, _, y in log}
-  found = []
-  for path, cls, x, _ in log:
-    layer, layer_cls = made.get(id(x), ('', object))
-    if issubclass(cls, nnx.BatchNorm) and issubclass(layer_cls, FOLDED) and calls[path] == calls[layer] == 1:
-      found.append((layer, path))
-  return found
-
-
-def _recorded(cls, path, log):
-  """A subclass of a module class that logs what goes in and comes out; the log keeps both alive."""
-
-  class Recorded(cls):
-
-    def __call__(self, x, *args, **kwargs):
-      y = super().__call__(x, *args, **kwargs)
-      log.append((path, cls, x, y))
-      return y
-
-  return Recorded
+  log = calls.trace(model, lambda model, batch: model(*batch[0], **batch[1]), (args, kwargs))
+  count = collections.Counter(call.path for call in log)
+  log = [call for call in log if count[call.path] == 1 and call.args]
+  made = {id(call.result): call.path for call in log if issubclass(call.cls, FOLDED)}
+  return [(made[id(call.args[0])], call.path) for call in log
+          if issubclass(call.cls, nnx.BatchNorm) and id(call.args[0]) in made]
 
 
 def _fold(layer, norm):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qat.nn import quantized
+from qat.nn import calls, quantized
 from qat.ptq import channels
 
 READERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
@@ -190,18 +190,14 @@ def _run(model, args, kwargs):
 
 def _candidates(model, args, kwargs):
   """Links from each norm that is called once to the layers called once, on what it returned."""
-  watched, log = nnx.clone(model), []
-  watched.eval()
-  for path, module in list(quantized.walk(watched)):
-    if isinstance(module, (*READERS, *channels.NORMS)):
-      module.__class__ = _recorded(type(module), path, log)
-  nnx.eval_shape(lambda model, args, kwargs: model(*args, **kwargs), watched, args, kwargs)
-  calls = collections.Counter(path for path, *_ in log)
+  log = calls.trace(model, lambda model, batch: model(*batch[0], **batch[1]), (args, kwargs))
+  count = collections.Counter(call.path for call in log)
+  log = [call for call in log if count[call.path] == 1]
   readers = collections.defaultdict(list)
-  for path, cls, x, _ in log:
-    if issubclass(cls, READERS) and calls[path] == 1:
-      readers[id(x)].append(path)
-  made = [(path, y) for path, cls, _, y in log if issubclass(cls, channels.NORMS) and calls[path] == 1]
+  for call in log:
+    if issubclass(call.cls, READERS) and call.args:
+      readers[id(call.args[0])].append(call.path)
+  made = [(call.path, call.result) for call in log if issubclass(call.cls, channels.NORMS)]
   links = [Link(path, tuple(readers[id(y)])) for path, y in made if readers[id(y)]]
   return tuple(link for link in links if _fits(model, link))
 
@@ -212,19 +208,6 @@ def _fits(model, link):
   except ValueError:
     return False
   return True
-
-
-def _recorded(cls, path, log):
-  """A subclass of a module class that logs what goes in and comes out; the log keeps both alive."""
-
-  class Recorded(cls):
-
-    def __call__(self, x, *args, **kwargs):
-      y = super().__call__(x, *args, **kwargs)
-      log.append((path, cls, x, y))
-      return y
-
-  return Recorded
 
 
 def _moved(model, links, args, kwargs):

@@ -150,27 +150,26 @@ class Blockwise:
 
   def __call__(self, work):
     solved, facts = self.start.solve(work) if self.start else ({}, {path: {} for path in work.layers})
-    block, together = nnx.clone(work.block), lambda many: jax.tree.map(lambda *a: jnp.concatenate(a), *many)
-    self._learners(block, work.layers, solved)
+    block = self._learning(work.block, work.layers, solved)
     block.eval()
     inputs = work.float_inputs if self.float_targets else work.inputs
-    targets = together(list(running.forward(work.floats, inputs, work.apply)))
+    targets = _together(list(running.forward(work.floats, inputs, work.apply)))
     key = jax.random.fold_in(jax.random.key(self.seed), work.index)
-    block, report = reconstruct.reconstruct(block, work.apply, together(work.inputs), targets, self.settings, key)
+    block, report = reconstruct.reconstruct(block, work.apply, _together(work.inputs), targets, self.settings, key)
     transform.hold(work.block, walk.nearest(block, work.layers))
     self._inputs(work.block, block)
     about = dict(before=report.before, after=report.after, best_step=report.best_step)
     return {path: facts[path] | about for path in work.layers}
 
-  def _learners(self, block, layers, solved):
-    """Gives the weights of `block` the quantizers that learn, in place."""
+  def _learning(self, block, layers, solved):
+    """A copy of `block` whose weights have the quantizers that learn, starting at the codes `solved`, if any."""
+    block = nnx.clone(block)
     for site in rules.sites(block):
       if site.path in layers:
         weight = vars(quantized.of(site.module).weights)[site.name]
         w = weight.layout.to_matrix(site.variable.get_value())
-        learner = self.quantizer(weight.quantizer.spec)
-        codes = solved.get(site.path)
-        weight.quantizer = learner.for_weight(w) if codes is None else learner.starting_at(w, codes)
+        weight.quantizer = self.quantizer(weight.quantizer.spec).for_weight(w)
+    return reconstruct.starting_at(block, solved) if solved else block
 
   def _inputs(self, block, trained):
     """Puts the trained quantizers of activations into `block`."""
@@ -178,3 +177,8 @@ class Blockwise:
       pairs = zip(*(transform.activations(vars(layer)['quantizers']) for layer in (mine, other)))
       for (holder, slot), (theirs, _) in pairs:
         setattr(holder, slot, getattr(theirs, slot))
+
+
+def _together(batches):
+  """A list of pytrees of [b, ...] -> one of [n, ...]."""
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *batches)

@@ -11,7 +11,7 @@ import dataclasses
 from flax import nnx
 import jax
 
-from qat.nn import quantized, rules
+from qat.nn import calls, quantized, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +26,6 @@ class Stage:
   layers: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-  """One call of a module in a trace; the log keeps the traced arrays alive, so that their ids stay theirs."""
-  path: str
-  args: tuple
-  kwargs: dict
-  result: object
-
-
 def stages(model, apply, batch):
   """The Stages of a quantized model, in the order of its forward.
 
@@ -43,7 +34,7 @@ def stages(model, apply, batch):
     apply: (model, batch) -> anything.
     batch: what calibration passes, or its shapes.
   """
-  log = calls(model, apply, batch)
+  log = calls.trace(model, apply, batch)
   blocks = chain(log, model)
   called = list(dict.fromkeys(call.path for call in log))
   paths = [s.path for s in rules.sites(model) if _is_solved(s)]
@@ -55,37 +46,6 @@ def stages(model, apply, batch):
   before, after = [p for p in alone if order(p) < start], [p for p in alone if order(p) >= start]
   streamed = [Stage(b, tuple(p for p in paths if inside[p] == b)) for b in blocks]
   return [Stage('', (p,)) for p in before] + streamed + [Stage('', (p,)) for p in after]
-
-
-def calls(model, apply, batch):
-  """Every call of a module in one traced forward in evaluation mode, in the order in which they began."""
-  watched, log = nnx.clone(model), []
-  watched.eval()
-  for path, module in list(quantized.walk(watched)):
-    if path and callable(module):
-      module.__class__ = _recorded(type(module), path, log)
-  nnx.eval_shape(lambda model, batch: apply(model, batch), watched, batch)
-  return [call for call in log if call is not None]
-
-
-def _recorded(cls, path, log):
-  """A subclass of a module class that logs its calls."""
-
-  def note(forward, self, args, kwargs):
-    place = len(log)
-    log.append(None)
-    result = forward(self, *args, **kwargs)
-    log[place] = Call(path, args, kwargs, result)
-    return result
-
-  class Recorded(cls):
-
-    def __call__(self, *args, **kwargs):
-      return note(cls.__call__, self, args, kwargs)
-
-  if issubclass(cls, nnx.Embed):  # A tied head is another call of its layer.
-    Recorded.attend = lambda self, *args, **kwargs: note(cls.attend, self, args, kwargs)
-  return Recorded
 
 
 def chain(log, model):
