@@ -31,20 +31,21 @@ def power_of_two(bits, lowest=None):
   return Codebook((*(-v for v in reversed(positive)), 0.0, *positive), f'POT{bits}')
 
 
-def dynamic(exponents=7):
-  """The signed dynamic map of 8-bit optimizers and of double quantization.
+def dynamic(exponents=7, signed=True):
+  """The dynamic map of 8-bit optimizers and of double quantization.
 
-  Dettmers et al. 8-bit Optimizers via Block-wise Quantization, ICLR 2022, Sec. 1.3.
+  Dettmers et al. 8-bit Optimizers via Block-wise Quantization, ICLR 2022, Sec. 1.3 and 2.2.
   https://arxiv.org/abs/2110.02861. For i = 0 .. exponents - 1 the means of neighbours in
   linspace(0.1, 1, 2^i + 1), times 10^(i - exponents + 1); both signs, 0 and 1:
-  2 (2^exponents - 1) + 2 = 256 levels.
+  2 (2^exponents - 1) + 2 = 256 levels. Without the sign there are 2^(i + 1) means in its place.
   """
   positive = []
   for i in range(exponents):
-    edges = np.linspace(0.1, 1, 2**i + 1)
+    edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
     positive += (((edges[:-1] + edges[1:]) / 2) * 10.0 ** (i - exponents + 1)).tolist()
-  values = np.sort(np.asarray([*(-v for v in positive), 0.0, *positive, 1.0], np.float32))
-  return Codebook(tuple(values.tolist()), f'DYNAMIC{exponents + 1}')
+  negative = [-v for v in positive] if signed else []
+  values = np.sort(np.asarray([*negative, 0.0, *positive, 1.0], np.float32))
+  return Codebook(tuple(values.tolist()), f'DYNAMIC{exponents + 1}' + '_UNSIGNED' * (not signed))
 
 
 # QLoRA, Appendix E, as bitsandbytes stores it (its quantiles were computed in other precision).
@@ -63,4 +64,4 @@ FP4_BNB = Codebook(tuple(np.float32(np.array(
 IQ4_NL = Codebook((-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
                    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0), 'IQ4_NL')
 
-DYNAMIC8 = dynamic()
+DYNAMIC8, DYNAMIC8_UNSIGNED = dynamic(), dynamic(signed=False)

@@ -11,6 +11,7 @@ import re
 
 import optax
 
+from qat.run import eight_bit
 from qat.run import names
 
 SETTINGS = ('learning_rate_scale', 'weight_decay')
@@ -54,11 +55,19 @@ def _member(c, rate, learning_rate_scale, weight_decay):
   make = names.resolve(optax, c.name, 'optimizer.name')
   accepted, options = _parameters(make), dict(c.options)
   _check_settings('optimizer.options', c.name, options, accepted)
-  scaled = lambda step: learning_rate_scale * rate(step)
+  scaled, states = lambda step: learning_rate_scale * rate(step), _states(c.state_bits)
   if 'weight_decay' in accepted:
-    return make(scaled, weight_decay=weight_decay, **options)
+    return states(make(scaled, weight_decay=weight_decay, **options))
   # sgd and the like: decay joins the gradient before the step, as in the L2 penalty.
-  return optax.chain(optax.add_decayed_weights(weight_decay), make(scaled, **options))
+  return optax.chain(optax.add_decayed_weights(weight_decay), states(make(scaled, **options)))
+
+
+def _states(bits):
+  """transformation -> the same, its moments kept in so many bits."""
+  kinds = {32: lambda tx: tx, 8: eight_bit.eight_bit}
+  if bits not in kinds:
+    raise ValueError(f'optimizer.state_bits {bits}: moments are kept in 32 or 8 bits. Give one of these.')
+  return kinds[bits]
 
 
 def _settings(path, x, c):

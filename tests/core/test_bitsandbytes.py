@@ -24,15 +24,17 @@ def test_constants():
   np.testing.assert_array_equal(codebooks.FP4_BNB.levels(), both)
 
 
-def test_dynamic_map():
-  """create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8), written out."""
+@pytest.mark.parametrize('signed', [True, False])
+def test_dynamic_map(signed):
+  """create_dynamic_map(signed, max_exponent_bits=7, total_bits=8), written out."""
   values = [0.0, 1.0]
   for i in range(7):
-    edges = np.linspace(0.1, 1, 2**i + 1)
+    edges = np.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
     means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
-    values += [*means, *-means]
-  np.testing.assert_array_equal(codebooks.DYNAMIC8.levels(), np.sort(np.float32(values)))
-  assert len(codebooks.DYNAMIC8.levels()) == 256
+    values += [*means, *-means] if signed else [*means]
+  book = codebooks.DYNAMIC8 if signed else codebooks.DYNAMIC8_UNSIGNED
+  np.testing.assert_array_equal(book.levels(), np.sort(np.float32(values)))
+  assert len(book.levels()) == 256
 
 
 @pytest.mark.parametrize('size', [32, 64, 256])

@@ -16,7 +16,7 @@ FORMATS = dict(
         formats.TERNARY, formats.BINARY, formats.FP16, formats.BF16, formats.FP8_E4M3, formats.FP8_E5M2,
         formats.FP6_E2M3, formats.FP6_E3M2, formats.FP4_E2M1, formats.FP4_E3M0, formats.Float(2, 2),
         codebooks.NF4, codebooks.NF3, codebooks.NF2, codebooks.FP4_BNB, codebooks.IQ4_NL,
-        codebooks.DYNAMIC8, codebooks.power_of_two(4))})
+        codebooks.DYNAMIC8, codebooks.DYNAMIC8_UNSIGNED, codebooks.power_of_two(4))})
 NAMED = {n: s for n, s in vars(specs).items() if isinstance(s, Spec) and s.block is not None}
 GRIDS = dict(
     **{f'{n}_token': Spec(f, (None,)) for n, f in FORMATS.items()},

@@ -23,7 +23,7 @@ INTEGERS = {str(f): f for f in (
     *(formats.Int(b, narrow=True) for b in range(2, 9)), formats.TERNARY)}
 CODEBOOKS = {str(c): c for c in (
     codebooks.NF4, codebooks.NF3, codebooks.NF2, codebooks.FP4_BNB, codebooks.IQ4_NL, codebooks.DYNAMIC8,
-    codebooks.power_of_two(4), codebooks.power_of_two(8, lowest=-15))}
+    codebooks.DYNAMIC8_UNSIGNED, codebooks.power_of_two(4), codebooks.power_of_two(8, lowest=-15))}
 ALL = {**{n: f for n, (f, _) in FLOATS.items()}, **INTEGERS, **CODEBOOKS,
        'E8M0': formats.E8M0, 'BINARY': formats.BINARY, 'FP4_E3M0': formats.FP4_E3M0,
        'FP5_E2M2': formats.Float(2, 2), 'FP2_E1M0': formats.Float(1, 0)}

@@ -10,7 +10,8 @@ FORMATS = {str(f): f for f in (
     *(formats.Int(b) for b in range(1, 9)), *(formats.Int(b, signed=False) for b in range(1, 9)),
     formats.INT4_NARROW, formats.TERNARY, formats.BINARY, formats.FP8_E4M3, formats.FP8_E5M2, formats.FP6_E2M3,
     formats.FP6_E3M2, formats.FP4_E2M1, formats.FP4_E3M0, formats.Float(2, 2), formats.E8M0, codebooks.NF4,
-    codebooks.NF3, codebooks.NF2, codebooks.FP4_BNB, codebooks.IQ4_NL, codebooks.DYNAMIC8, codebooks.power_of_two(4))}
+    codebooks.NF3, codebooks.NF2, codebooks.FP4_BNB, codebooks.IQ4_NL, codebooks.DYNAMIC8, codebooks.DYNAMIC8_UNSIGNED,
+    codebooks.power_of_two(4))}
 
 
 def words_of_bits(fields, bits, width, high_first):

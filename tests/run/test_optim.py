@@ -92,3 +92,13 @@ def test_constant_and_unknown_schedules():
   c.schedule.update(name='constant_schedule', warmup_steps=10)
   with pytest.raises(ValueError, match='leaves nothing of total_steps 10'):
     optim.schedule(c)
+
+
+def test_moments_in_8_bits():
+  params = {'a/kernel': jnp.ones((64, 64)), 'a/bias': jnp.ones(64)}
+  for c, taken in ((config(state_bits=8), 2 * 64 * 64), (config(), 8 * 64 * 64)):
+    tx, _ = optim.optimizer(c, params)
+    states = jax.tree.leaves(jax.jit(tx.init)(params))
+    assert sum(x.nbytes for x in states if x.size == 64 * 64) == taken
+  with pytest.raises(ValueError, match='state_bits 4'):
+    optim.optimizer(config(state_bits=4), params)
