@@ -3,19 +3,21 @@ r"""EfficientNet-Lite0 in low bits without training, on photos that come in pack
 Agreement with the float network on photos without labels; 20 labelled photos resolve 5 points only. Rounding to nearest
 at 4 bits leaves 12.5 %. Learned rounding was not run to its end yet.
 python -m qat.run.ptq --config configs/efficientnet.py:method=adaround,recipe=w4a16 --workdir /tmp/efficientnet
-`:method=` rtn, gptq, adaround, ...; `:recipe=` any name of qat/nn/recipes.py.
+`:method=` rtn, gptq, adaround, ...; `:recipe=` any name of qat/nn/recipes.py; `:transform=` one of
+qat/run/transforms.py, such as equalize or bias_correction.
 """
 
 from configs import defaults
 
 
 def get_config(arg=''):
-  arg = defaults.parse_arg(arg, method='adaround', recipe='w4a16', images=128, smoke=False)
+  arg = defaults.parse_arg(arg, method='adaround', recipe='w4a16', transform='', images=128, smoke=False)
   config = defaults.ptq('photographs', 'efficientnet_lite0')
   config.calibration.update(images=arg.images, batch_size=32)
+  config.transforms = defaults.transforms(arg.method, arg.transform)
   config.recipe.name = arg.recipe
-  config.method = defaults.method(arg.method)
-  config.eval.update(images=200, batch_size=50)
+  config.method = defaults.method(arg.method, arg.smoke)
+  config.eval.update(images=200, batch_size=20)
   if arg.smoke:
     config.calibration.update(images=2, batch_size=2)
     config.eval.update(images=4, batch_size=4)

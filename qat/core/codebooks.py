@@ -37,15 +37,24 @@ def dynamic(exponents=7, signed=True):
   Dettmers et al. 8-bit Optimizers via Block-wise Quantization, ICLR 2022, Sec. 1.3 and 2.2.
   https://arxiv.org/abs/2110.02861. For i = 0 .. exponents - 1 the means of neighbours in
   linspace(0.1, 1, 2^i + 1), times 10^(i - exponents + 1); both signs, 0 and 1:
-  2 (2^exponents - 1) + 2 = 256 levels. Without the sign there are 2^(i + 1) means in its place.
+  2 (2^exponents - 1) + 2 = 256 levels. Without the sign there are 2^(i + 1) means in its place. In float32, as
+  bitsandbytes computes its maps.
   """
   positive = []
   for i in range(exponents):
-    edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-    positive += (((edges[:-1] + edges[1:]) / 2) * 10.0 ** (i - exponents + 1)).tolist()
+    edges = _linspace(2 ** (i if signed else i + 1) + 1)
+    means = (edges[:-1] + edges[1:]) / np.float32(2)
+    positive += (np.float32(10.0 ** (i - exponents + 1)) * means).tolist()
   negative = [-v for v in positive] if signed else []
   values = np.sort(np.asarray([*negative, 0.0, *positive, 1.0], np.float32))
   return Codebook(tuple(values.tolist()), f'DYNAMIC{exponents + 1}' + '_UNSIGNED' * (not signed))
+
+
+def _linspace(count):
+  """linspace(0.1, 1, count) in float32 as torch computes it, to the bit: fused steps from the nearer end."""
+  first, last, i = np.float32(0.1), np.float32(1), np.arange(count)
+  step = np.float64((last - first) / np.float32(count - 1))
+  return np.where(i < count // 2, first + step * i, last - step * (count - 1 - i)).astype(np.float32)
 
 
 # QLoRA, Appendix E, as bitsandbytes stores it (its quantiles were computed in other precision).

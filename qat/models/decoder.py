@@ -2,8 +2,9 @@
 
 Radford et al. Language Models are Unsupervised Multitask Learners, 2019.
 Touvron et al. LLaMA: Open and Efficient Foundation Language Models, 2023. https://arxiv.org/abs/2302.13971
-Yang et al. Qwen2 Technical Report, 2024. https://arxiv.org/abs/2407.10671; Qwen3, 2025. https://arxiv.org/abs/2505.09388
-Gemma Team. Gemma: Open Models Based on Gemini Research and Technology, 2024. https://arxiv.org/abs/2403.08295
+Yang et al. Qwen2 Technical Report, 2024. https://arxiv.org/abs/2407.10671; Qwen3, 2025.
+https://arxiv.org/abs/2505.09388 Gemma Team. Gemma: Open Models Based on Gemini Research and Technology, 2024.
+https://arxiv.org/abs/2403.08295
 
 Differences from GPT-2: no dropout; linear layers start from Flax's variance (1 / inputs) and not from 0.02^2,
 which is meant for widths near 2,500; those that write to the residual stream are scaled by 1 / sqrt(2 layers)
@@ -235,6 +236,35 @@ def llama(rngs, *, width, heads, dtype=None, **fields):
       width=width, heads=heads, kv_heads=heads, head_dim=_split(width, heads),
       ffn_width=-(-8 * width // (3 * 64)) * 64)
   return Decoder(Config(**(LLAMA | sizes | fields)), rngs, dtype)
+
+
+def halved(model):
+  """A copy of a Decoder that turns neighbours by their positions, as GGUF's do, which turns the halves of a head
+  instead.
+
+  It computes the same: the outputs of queries and keys are reordered, which later products do not see. Raises for
+  codes, whose blocks may lie across outputs: reorder floats, then quantize.
+  """
+  model, config = nnx.clone(model), model.config
+  if config.rope is None or config.rope.turn is ropes.halves:
+    return model
+  model.config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, turn=ropes.halves))
+  for block in model.blocks:
+    block.attention.config = model.config
+    turned = ('q', 'k', 'q_norm', 'k_norm') if config.qk_norm else ('q', 'k')
+    for variable in [v for name in turned for v in vars(getattr(block.attention, name)).values()]:
+      if isinstance(variable, nnx.Variable):
+        variable.set_value(_halves(variable.get_value(), config.head_dim))
+  return model
+
+
+def _halves(x, head_dim):
+  """Features 2i and 2i + 1 of each head of the last axis, at i and i + head_dim / 2."""
+  if not hasattr(x, 'ndim') or hasattr(x, 'codes'):
+    raise ValueError('decoder.halved of a frozen model: it holds codes, and no floats to reorder. Give it the float '
+                     'model.')
+  pairs = x.reshape(*x.shape[:-1], -1, head_dim // 2, 2)
+  return jnp.moveaxis(pairs, -1, -2).reshape(x.shape)
 
 
 def _split(width, heads):

@@ -16,6 +16,8 @@ import math
 
 from flax import nnx
 
+from qat.models import convolve
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -79,7 +81,7 @@ class ConvNorm(nnx.Module):
 
   def __init__(self, inputs, outputs, kernel, stride=1, groups=1, *, rngs, dtype=None):
     self.conv = nnx.Conv(inputs, outputs, (kernel, kernel), stride, feature_group_count=groups, use_bias=False,
-                         dtype=dtype, rngs=rngs)
+                         conv_general_dilated=convolve.convolve, dtype=dtype, rngs=rngs)
     self.norm = nnx.BatchNorm(outputs, **BATCH_NORM, dtype=dtype, rngs=rngs)
 
   def __call__(self, x):
