@@ -123,9 +123,18 @@ def reciprocal(scale: Float[Arrays, '*s']) -> Float[Array, '*s']:
 def divide(x, divisor):
   """x / divisor for a constant, as IEEE 754 rounds it.
 
-  XLA would multiply by 1 / divisor, and would merge one quotient into the next.
+  XLA would multiply by 1 / divisor, and would merge the quotient that `x` may be into this one.
   """
-  return exact(x / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x)))
+  return exact(x) / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x))
+
+
+def apart(x):
+  """x, to the bit, from a kernel of its own.
+
+  What training computes and a frozen model has stored would else be fused with its readers in one program, and not in
+  the other, and LLVM then contracts other additions there. XLA never copies a division into its readers.
+  """
+  return x / jnp.where(x == x, jnp.ones_like(x), jnp.full_like(x, 2))    # By 1: x is finite.
 
 
 def encode(x: Float[Arrays, '*shape'], spec: Spec, scale=None, zero=None, rounding=rounding_.half_even) -> QArray:
@@ -296,5 +305,5 @@ def _numbers(value, spec, scale, zero):
   """The format's values as numbers: f32[*shape]."""
   spread = lambda a: blocks.spread(a, spec.block, value.shape)
   if zero is None:
-    return value * spread(scale)
+    return exact(value * spread(scale))
   return spec.zero.numbers(value, spread(scale), spread(jnp.broadcast_to(zero, scale.shape)))

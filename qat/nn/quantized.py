@@ -181,6 +181,9 @@ def attach(module, path, lead=()):
     if hasattr(module, 'quantizers'):
       raise ValueError(f"'{path}', a {type(module).__name__}, has an attribute 'quantizers' of its own, where its "
                        'quantizers would go. Rename it, or leave its path in floats by a rule.')
+    if hasattr(type(module), 'base_class'):
+      raise ValueError(f"Layer '{path}' has adapters on its float weight. Call qat.quantize first, and qat.lora on "
+                       'what it returns; or merge the adapters.')
     module.__class__ = quantized_type(type(module))
     module.quantizers = Quantizers(path, lead)
   return vars(module)['quantizers']
@@ -191,16 +194,25 @@ def layers(model):
   return {path: m for path, m in walk(model) if of(m) is not None}
 
 
-def walk(module, path=(), seen=None):
-  """Yields (path, module) for `module` and those below, each once, in the order they were set."""
-  seen = set() if seen is None else seen
-  if id(module) in seen:
-    return
-  seen.add(id(module))
-  yield '/'.join(path), module
-  for name, child in children(module):
-    if isinstance(child, nnx.Module) and not isinstance(child, Quantizers):
-      yield from walk(child, (*path, name), seen)
+def walk(model):
+  """(path, module) for `model` and those below, each once, in the order they were set.
+
+  A module of several names has the path that NNX's state gives it, the first in NNX's order of attributes: a copy of
+  a model sets them in that order, and so has the same paths.
+  """
+  found, stack, tied = {}, [((), model)], False                          # found: id -> (path, module).
+  while stack:
+    path, module = stack.pop()
+    if id(module) in found:
+      tied = True
+      continue
+    found[id(module)] = path, module
+    below = [((*path, name), child) for name, child in children(module)
+             if isinstance(child, nnx.Module) and not isinstance(child, Quantizers)]
+    stack += reversed(below)
+  if tied:
+    found |= {id(m): (path, m) for path, m in nnx.iter_modules(model, graph=True) if id(m) in found}
+  return [('/'.join(map(str, path)), module) for path, module in found.values()]
 
 
 def children(module):

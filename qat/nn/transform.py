@@ -11,7 +11,7 @@ def quantize(model, recipe):
   """A copy of `model` whose layers have the quantizers of the first rule that they match.
 
   The copy shares the arrays of `model`, which stays as it is. Params keep their paths and their floats;
-  layers read them on their grids. A Param that two layers share is quantized once.
+  layers read them on their grids. A Param that two layers share is quantized once, by the rule of the first of them.
 
   Args:
     model: any nnx.Module.
@@ -20,14 +20,13 @@ def quantize(model, recipe):
   Returns:
     A model of the same class. Where inputs have quantizers that need a range, call `calibrate` next.
   """
-  order = [s.path for s in rules.sites(model)]
-  chosen = {s.path: r for s, r in rules.first_matches(recipe, rules.sites(model)).items()}
+  chosen = {site.path: rule for site, rule in rules.first_matches(recipe, rules.sites(model)).items()}
   model = nnx.clone(model)
+  found = {site.path: site for site in rules.sites(model)}
   shared = {}  # id of a Param -> its Weight.
-  for site in sorted(rules.sites(model), key=lambda s: order.index(s.path)):
-    rule = chosen[site.path]
+  for path, rule in chosen.items():  # In the order of definition, which a copy does not keep.
     if rule is not None:
-      _quantize_site(site, rule, shared)
+      _quantize_site(found[path], rule, shared)
   return model
 
 

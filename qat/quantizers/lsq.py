@@ -86,7 +86,7 @@ class LSQ(base.Quantizer):
   def grid(self, x):
     if self.s is None:
       raise self.needs_range()
-    return jnp.abs(base.to_rank(self.s[...], x.ndim, self.spec.block)), None
+    return qarray.apart(jnp.abs(base.to_rank(self.s[...], x.ndim, self.spec.block))), None
 
   def __call__(self, x):
     s, _ = self.grid(x)

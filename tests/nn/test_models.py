@@ -12,6 +12,7 @@ import pytest
 
 import qat
 from qat.core import specs
+from qat.models import encoder
 from qat.nn import explain, recipes
 from qat.quantizers import base, lsq, stochastic
 from qat.quantizers.ste import STE
@@ -64,6 +65,16 @@ def test_frozen_is_trained_bit_for_bit(name, weight, dtype):
   got, want = (np.asarray(a[f'{name}, {weight}'], np.float32) for a in (served, ys))
   np.testing.assert_array_equal(got, want)
   assert np.isfinite(want).all() and want.any()
+
+
+@pytest.mark.parametrize('name', ['w8a8', 'w4a8_static', 'w2a2_lsq'])
+def test_additions_around_quantized_layers_are_the_same_in_both_programs(name):
+  """Sums of embeddings, residuals and norms are floats, which LLVM may contract in one program and not in another."""
+  config = encoder.Config(vocab_size=50, context_length=6, width=24, layers=1, heads=3, ffn_width=40)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 6)), jnp.int32)
+  model = qat.calibrate(qat.quantize(encoder.Encoder(config, nnx.Rngs(0)), recipes.get(name)), [tokens])
+  y, served = (nnx.jit(lambda m: m(tokens))(m) for m in (model, qat.freeze(model)))
+  np.testing.assert_array_equal(y, served)
 
 
 @cases
