@@ -7,5 +7,6 @@ from qat.nn import recipes
 from qat.nn.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat.nn.calibrate import calibrate
 from qat.nn.explain import explain
+from qat.nn.lora import LoRA, lora
 from qat.nn.rules import Rule
 from qat.nn.transform import freeze, quantize

@@ -14,6 +14,7 @@ https://huggingface.co/docs/bitsandbytes and its QuantState.as_dict(packed=True)
 Weights that are not quantized are stored in floats, under the family's names.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -32,7 +33,6 @@ from qat.core.qarray import Min, QArray, Spec
 from qat.models import rope
 from qat.models.pretrained import names
 from qat.nn import quantized, recipes, rules, transform, weights
-from qat.quantizers.ste import STE
 
 # Theirs by code: the fourth bit of FP4 is the sign, and there are two zeros.
 NF4_BY_CODE = np.float32(codebooks.NF4.levels())
@@ -169,7 +169,9 @@ def _frozen(model, codes, path):
       raise ValueError(f"{path}: the weight of '{sites[ours].path}' is {q.shape} there, and {shape} in the model. The "
                        "file is of "
                        'another model.')
-  recipe = [rules.Rule(re.escape(sites[ours].path), STE(q.spec)) for ours, q in codes.items()]
+  rows = lambda spec: dataclasses.replace(spec, block=Flat(spec.block.size))
+  recipe = [rule for ours, q in codes.items()
+            for rule in recipes.at(re.escape(sites[ours].path), recipes.standard(rows(q.spec), inputs=False))]
   if not recipe:
     return model
   model = transform.quantize(model, [*recipe, *recipes.get('float')])

@@ -113,7 +113,7 @@ def _is_matrix(value):
   """Whether an attribute is a Param of float matrices, or their codes."""
   if isinstance(value, weights.Codes):
     return True
-  if not isinstance(value, nnx.Param):
+  if not isinstance(value, nnx.Param) or isinstance(value, nnx.LoRAParam):  # Adapters stay in floats.
     return False
   array = value.get_value()
   return getattr(array, 'ndim', 0) >= 2 and jnp.issubdtype(array.dtype, jnp.floating)
