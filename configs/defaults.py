@@ -77,23 +77,72 @@ def ptq(task, pretrained):
   config.calibration = mlc.ConfigDict()
   config.transforms = ()  # Of qat/run/transforms.py, in order: (dict(name='smooth', alpha=0.5),).
   config.recipe = mlc.ConfigDict()
+  # Bits to search first: (recipe names) for each layer that the recipe quantizes, so many bits of storage a weight in
+  # all, by costs of qat/ptq/sensitivity.py: fisher, hessian, kl or output. No candidates: no search.
+  config.search = mlc.ConfigDict(dict(candidates=(), bits_per_weight=3.5, sensitivity='fisher'))
   config.method = mlc.ConfigDict()
   config.eval = mlc.ConfigDict()
   config.log_every_seconds = 10
   return config
 
 
-# The options of each method of qat/ptq/methods.py, so that --config.method.<option> can change them.
+def finetune(pretrained):
+  """The leaves that all configs of `qat finetune` share, in the order of their sections."""
+  config = mlc.ConfigDict()
+  config.seed = 0
+  config.pretrained = pretrained  # A name of qat/run/published.py, or a path.
+  config.tokenizer = ''  # A tokenizer.json, if not the one beside the weights.
+  config.dtype = 'float32'
+
+  config.data = mlc.ConfigDict(dict(
+      name='', options={}, length=512, packing='stream', separator='<|endoftext|>', batch_size=1))
+  config.recipe = mlc.ConfigDict()  # Empty: the base stays in floats.
+  config.adapter = mlc.ConfigDict(dict(
+      rules=(r'blocks/.*',), rank=16, alpha=16.0, scaling='by_rank', dropout=0.0, init='gaussian', options={},
+      dora=False, group=1))
+  config.remat = ''  # Paths of modules that run again in the backward pass: r'blocks/\d+'.
+
+  config.objective = 'weighted_language'
+  config.optimizer = mlc.ConfigDict(dict(  # QLoRA's: a constant rate, its beta2, its norm.
+      name='adamw', learning_rate=2e-4, weight_decay=0.0, options=dict(b2=0.999), state_bits=32, memory='device',
+      groups=(), quantizer_rate_scale=1.0, clip_norm=0.3, accumulate_steps=1))
+  config.schedule = mlc.ConfigDict(dict(name='constant_schedule', warmup_steps=0))
+  config.total_steps = 100
+
+  config.eval = mlc.ConfigDict(dict(length=512, sequences=4, batch_size=1, every_steps=50))
+  config.log_every_steps = 10
+  config.log_every_seconds = 10
+  config.checkpoint_every_steps = 50
+  config.keep_checkpoints = 2
+  return config
+
+
+# The options of each method of qat/ptq/named.py, so that --config.method.<option> can change them.
+_HESSIAN = dict(rule='hessian', damp=0.01, act_order=True, sequential=False)
+_ROUNDING = dict(steps=1000, batch_size=8, rate=1e-2, regularization=0.01, rule='search', start='')
 METHODS = dict(
-    rtn=dict(rule='midrange'), gptq=dict(rule='hessian', damp=0.01, act_order=True),
-    quantease=dict(rule='hessian', damp=0.01, rounds=2, sweeps=2), ldlq=dict(rule='hessian', damp=0.01), hqq=dict(),
-    awq=dict(rule='midrange'),
-    adaround=dict(steps=1000, batch_size=8, rate=1e-2, start=''), autoround=dict(steps=200, batch_size=8, start=''))
+    rtn=dict(rule='midrange'), gptq=dict(_HESSIAN), ldlq=dict(_HESSIAN), quip=dict(_HESSIAN), qronos=dict(_HESSIAN),
+    quantease=dict(rule='hessian', damp=0.01, rounds=2, sweeps=2, sequential=False),
+    hqq=dict(p=0.7, beta=10.0, kappa=1.01, iterations=20, rule='absmax'), awq=dict(rule='midrange', sequential=False),
+    adaround=dict(_ROUNDING), brecq=dict(_ROUNDING), qdrop=dict(_ROUNDING, step_rate=4e-5, probability=0.5),
+    flexround=dict(steps=1000, batch_size=8, rate=3e-3, rule='search'),
+    autoround=dict(steps=200, batch_size=8, reach=0.5, rule='absmax', start=''),
+    omniquant=dict(steps=500, batch_size=4, rate=1e-2, rule='absmax'),
+    efficientqat=dict(steps=1000, batch_size=2, rate=1e-4, weight_rate=1e-5, rule='absmax'),
+    tesseraq=dict(steps=1000, batch_size=4, rate=1e-2, rounds=20, rule='search', start=''))
+# What a method needs done to the network first (qat/run/transforms.py).
+TRANSFORMS = dict(quip=(dict(name='incoherence', seed=0),))
 
 
-def method(name):
-  """A method by its name, with its options."""
-  return mlc.ConfigDict(dict(METHODS.get(name, {}), name=name))
+def transforms(method, *more):
+  """The transforms that a method needs, and then those named."""
+  return (*TRANSFORMS.get(method, ()), *(dict(name=name) for name in filter(None, more)))
+
+
+def method(name, smoke=False):
+  """A method by its name, with its options; `smoke` leaves 2 steps to those that learn."""
+  options = METHODS.get(name, {})
+  return mlc.ConfigDict(options | dict(name=name) | (dict(steps=2) if smoke and 'steps' in options else {}))
 
 
 def bits(quantizer, bits):

@@ -35,6 +35,8 @@ class Run:
   tx: object
   rate: object           # step -> learning rate
   scorer: scorer.Scorer
+  memory: str | None = None  # Where the optimizer's state lives, see offload.py.
+  about: dict = dataclasses.field(default_factory=dict)  # What checkpoints say besides: the fingerprint of a base.
 
   def model(self, state):
     """The network that holds the arrays of `state`."""
@@ -43,6 +45,9 @@ class Run:
 
 def run(config):
   """The Run of a config: data, model, quantizers, calibration, optimizer, state."""
+  if 'adapter' in config:
+    raise ValueError('The config is one of qat finetune. Give the qat finetune command again: it goes on with what is '
+                     'there, scores it, and writes its report.')
   goal = objective(config)
   train, test = sources(config)
   model = float_model(config)

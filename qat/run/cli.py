@@ -16,8 +16,8 @@ from qat.run import config as configs
 from qat.run import errors
 from qat.run import names
 
-# Program -> whether it needs --config; those that do not read the one in the workdir.
-PROGRAMS = dict(train=True, ptq=True, evaluate=False, report=False, quickstart=True)
+# Program -> whether it needs --config; those that do not read the one in the workdir. None: it reads its own flags.
+PROGRAMS = dict(train=True, finetune=None, ptq=True, evaluate=False, report=False, quickstart=True, reproduce=None)
 CACHE_FROM_SECONDS = 0.5  # Faster compiles than this are not worth a file.
 
 
@@ -48,6 +48,10 @@ def run(program, *argv):
     return
   logging.set_verbosity(logging.FATAL)  # Orbax logs every error that it raises, a page for each of its threads.
   compilation_cache()
+  if PROGRAMS[program] is None:
+    return module.main(argv)
+  if program == 'report' and argv and not argv[0].startswith('-'):  # A page of experiments/, not a workdir.
+    return importlib.import_module('qat.run.pages').main(*argv)
   module.main(*configs.parse(argv, needs_config=PROGRAMS[program]))
 
 

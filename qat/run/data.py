@@ -77,7 +77,9 @@ class _Sampler:
       return np.arange(len(self.source))
     last, order = self.order
     if last != epoch:
-      order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+      rng = np.random.default_rng((self.seed, epoch))
+      own = getattr(self.source, 'order', None)  # packing.ByLength keeps rows of similar lengths together.
+      order = own(rng, self.batch_size) if own else rng.permutation(len(self.source))
       self.order = epoch, order
     return order
 

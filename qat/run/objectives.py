@@ -34,6 +34,14 @@ def _next_token(logits, batch):
   return dict(loss=loss, bits_per_character=loss / math.log(2), accuracy=hit.mean(axis=1))
 
 
+def _weighted_next_token(logits, batch):
+  targets, weights = batch['tokens'][:, 1:], batch['weights']
+  logits = logits[:, :-1].astype(jnp.float32)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # [b, t - 1]
+  hit = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  return dict(loss=(losses * weights).mean(axis=1), accuracy=(hit * weights).mean(axis=1))
+
+
 classification = Objective(
     inputs=lambda batch: batch['image'],
     values=_classify,
@@ -43,3 +51,10 @@ language = Objective(
     inputs=lambda batch: batch['tokens'][:, :-1],
     values=_next_token,
     score=lambda metrics: -metrics['bits_per_character'])
+
+# Of qat/run/packing.py: the loss of the tokens that count, which are answers in chats. The last token is read in vain,
+# so that as many tokens are read as a sequence has.
+weighted_language = Objective(
+    inputs=lambda batch: batch['tokens'],
+    values=_weighted_next_token,
+    score=lambda metrics: -metrics['loss'])

@@ -74,9 +74,9 @@ def load(name_or_path, dtype='float32'):
   Returns:
     Published.
   """
-  reader = _reader(_path(name_or_path))
+  file = reader(located(name_or_path))
   name = dict(name=name_or_path) if name_or_path in PUBLISHED else {}  # those of files and folders are less telling
-  return Published(reader.model(_floating(dtype)), reader.tokenizer(), reader.facts() | name)
+  return Published(file.model(_floating(dtype)), file.tokenizer(), file.facts() | name)
 
 
 def extracted(member):
@@ -112,7 +112,8 @@ def _extract(archive, member, path):
         raise
 
 
-def _path(name_or_path):
+def located(name_or_path):
+  """The file or folder of a published network, fetched if it is one of PUBLISHED."""
   if name_or_path in PUBLISHED:
     return extracted(PUBLISHED[name_or_path])
   path = pathlib.Path(name_or_path)
@@ -122,7 +123,8 @@ def _path(name_or_path):
   return path
 
 
-def _reader(path):
+def reader(path):
+  """What reads the network of a file or folder, a value of READERS."""
   ending = '' if path.is_dir() else path.suffix
   if path.is_file() and ending not in set(READERS) - {''}:
     raise ValueError(f'{path}: files ending in {ending!r} are not read. Give a file ending in one of '

@@ -1,6 +1,7 @@
 """Writes report.html again from what a run left. One file, which opens with no network.
 
     qat report --workdir <dir>
+    qat report experiments/<paper>     # the tables of a paper's page instead: qat/run/pages.py
 
 Learning curves, each layer's bits and size, its SQNR, its weights on their grid, and where it all comes from.
 """
@@ -71,7 +72,8 @@ def layers(model):
   total = (f'<p>{about.size_bytes:,.0f} bytes in all; {about.bits_per_weight:.3f} bits a quantized weight, '
            'scales included.</p>')
   sections = {'Layers': table(head, rows) + total}
-  if weights := explain.quantized_weights(model):
+  weights = {path: pair for path, pair in explain.quantized_weights(model).items() if pair[0] is not None}
+  if weights:  # Where there are codes only, there are no floats to compare with.
     sections |= {'SQNR': plots.sqnr(weights), 'Weights and the levels of their grid': plots.histograms(weights)}
   return sections
 

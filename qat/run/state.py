@@ -2,7 +2,9 @@
 
 A model is taken apart once into a Skeleton (its structure) and two dicts {path: array}:
 `params`, which the optimizer moves, and `rest` (ranges, statistics, random keys). Everything
-else, optimizer, checkpoint, report, speaks of a parameter by its path.
+else, optimizer, checkpoint, report, speaks of a parameter by its path. What never changes, such as
+the codes beside which adapters train, stays with the Skeleton as `base`: no step returns it, and no
+checkpoint holds it.
 """
 
 import dataclasses
@@ -12,28 +14,46 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qat.run import offload
+
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-  """A model without its arrays. Invariant: join(*take_apart(model)[1:]) is the model."""
+  """A model without the arrays that training changes. Invariant: join(*take_apart(model)[1:]) is the model."""
   graphdef: nnx.GraphDef
-  params: tuple  # (paths, treedef)
-  rest: tuple
+  filters: tuple      # of nnx.split: which variables are trained, which are fixed, and `...`.
+  structures: tuple   # (paths, treedef) of params, base and rest.
+  base: dict          # {path: array}
 
   def join(self, params, rest):
     """The model that holds these arrays."""
     states = [jax.tree.unflatten(treedef, [arrays[p] for p in paths])
-              for (paths, treedef), arrays in ((self.params, params), (self.rest, rest))]
+              for (paths, treedef), arrays in zip(self.structures, (params, self.base, rest))]
     return nnx.merge(self.graphdef, *states)
 
+  def rest_of(self, model):
+    """`rest` of a model of this structure, which may have run."""
+    return dict(zip(self.structures[-1][0], jax.tree.leaves(nnx.split(model, *self.filters)[-1])))
 
-def take_apart(model):
-  """(Skeleton, params {path: array}, rest {path: array})."""
-  graphdef, *states = nnx.split(model, nnx.Param, ...)
+
+NOTHING = nnx.Nothing()
+
+
+def take_apart(model, trained=nnx.Param, fixed=NOTHING):
+  """(Skeleton, params {path: array}, rest {path: array}).
+
+  Args:
+    model: any nnx.Module.
+    trained: a filter of nnx, for what goes to `params`.
+    fixed: a filter, for what no step changes, of what is left.
+  """
+  filters = trained, fixed, ...
+  graphdef, *states = nnx.split(model, *filters)
   flat = [jax.tree_util.tree_flatten_with_path(s) for s in states]
   paths = [tuple(_name(path) for path, _ in leaves) for leaves, _ in flat]
-  arrays = [dict(zip(names, (x for _, x in leaves))) for names, (leaves, _) in zip(paths, flat)]
-  return Skeleton(graphdef, *((names, treedef) for names, (_, treedef) in zip(paths, flat))), *arrays
+  params, base, rest = (dict(zip(names, (x for _, x in leaves))) for names, (leaves, _) in zip(paths, flat))
+  structures = tuple((names, treedef) for names, (_, treedef) in zip(paths, flat))
+  return Skeleton(graphdef, filters, structures, base), params, rest
 
 
 def _name(path):
@@ -60,22 +80,42 @@ def new(params, rest, tx):
   return TrainState(jnp.int32(0), params, rest, tx.init(params), jnp.bool_(True))
 
 
-def train_step(skeleton, objective, tx, accumulate_steps=1):
+def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
   """The jitted (state, batch) -> (state, metrics).
 
   A loss or gradient that is not finite leaves the state as it was before that step, and
   every later step does nothing: the loop may look at `finite` one step late. The select
   fuses with the update, so it costs no pass over memory.
-  """
 
-  def step(state, batch):
-    gradients, values, rest = gradient(skeleton, objective, state, batch, accumulate_steps)
+  Args:
+    skeleton, objective, tx: of the model, the loss, and the optimizer.
+    accumulate_steps: parts of a batch, one of which is in memory at a time.
+    memory: the kind of memory that the optimizer's state lives in between the steps (offload.py); None: the device's.
+  """
+  step = base_step(skeleton, objective, tx, accumulate_steps, memory)
+  home = offload.to(memory)
+
+  def step_on(state, batch):
+    return step(dataclasses.replace(state, opt_state=home(state.opt_state)), skeleton.base, batch)
+
+  return step_on
+
+
+def base_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
+  """`train_step` as jax.jit returns it, of (state, base, batch)."""
+  home, near = offload.to(memory), offload.to(memory and offload.DEVICE)
+
+  def step(state, base, batch):
+    state = dataclasses.replace(state, opt_state=near(state.opt_state))
+    gradients, values, rest = gradient(
+        dataclasses.replace(skeleton, base=base), objective, state, batch, accumulate_steps)
     norm = optax.tree.norm(gradients)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = state.finite & jnp.isfinite(values['loss']) & jnp.isfinite(norm)
     moved = TrainState(state.step + 1, params, rest, opt_state, finite)
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, dataclasses.replace(state, finite=finite))
+    state = dataclasses.replace(state, opt_state=home(state.opt_state))
     return state, dict(values, gradient_norm=norm, finite=finite)
 
   return jax.jit(step, donate_argnums=0)
@@ -89,11 +129,7 @@ def gradient(skeleton, objective, state, batch, accumulate_steps=1):
     model.train()
     values = objective.values(model(objective.inputs(part)), part)
     means = {name: v.mean() for name, v in values.items()}
-    return means['loss'], (means, rest_of(model))
-
-  def rest_of(model):
-    leaves = jax.tree.leaves(nnx.split(model, nnx.Param, ...)[2])
-    return dict(zip(skeleton.rest[0], leaves))
+    return means['loss'], (means, skeleton.rest_of(model))
 
   def one(rest, part):
     gradients, (means, rest) = jax.grad(loss, has_aux=True)(state.params, rest, part)

@@ -72,7 +72,8 @@ class Loop:
   def __init__(self, run, workdir, batches, seconds):
     self.run, self.workdir, self.batches, self.seconds = run, workdir, batches, seconds
     self.config = run.config
-    self.step_on = states.train_step(run.skeleton, run.objective, run.tx, self.config.optimizer.accumulate_steps)
+    self.step_on = states.train_step(
+        run.skeleton, run.objective, run.tx, self.config.optimizer.accumulate_steps, run.memory)
 
   def __call__(self, state, stopped):
     """The state after `total_steps`, or after the step in which `stopped` became true."""
@@ -117,7 +118,7 @@ class Loop:
       self.metrics.write(step, 'test', scores)
       self.bar.say(f'step {step}  test  ' + '  '.join(f'{k} {v:.4g}' for k, v in scores.items()))
     self.metrics.sync()
-    about = dict(data=self.batches.get_state(), seconds=self.seconds())
+    about = dict(self.run.about, data=self.batches.get_state(), seconds=self.seconds())
     self.checkpoints.save(step, state, about, scores)
 
 
