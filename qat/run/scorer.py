@@ -15,6 +15,7 @@ class Scorer:
     self.objective, self.source, self.batch_size = objective, source, batch_size
     self.forward = jax.jit(self._forward, static_argnums=0)
     self.sums = jax.jit(self._sums)
+    self.divergences = jax.jit(self._divergences)
 
   def _forward(self, graphdef, arrays, inputs):
     model = nnx.merge(graphdef, arrays)
@@ -25,6 +26,13 @@ class Scorer:
     values = self.objective.values(outputs, batch)
     # A padded row adds nothing, not even a NaN.
     return {name: jnp.where(batch['mask'], v, 0).sum() for name, v in values.items()}
+
+  def _divergences(self, outputs, others, mask):
+    """(the sum of KL over the rows of examples, their count), of scores [b, ..., classes]."""
+    log_p, log_q = (jax.nn.log_softmax(y.astype(jnp.float32), axis=-1) for y in (outputs, others))
+    kl = jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0), axis=-1)  # [b, ...]
+    kl = kl.reshape(len(mask), -1)
+    return jnp.where(mask[:, None], kl, 0).sum(), mask.sum() * kl.shape[1]
 
   def outputs(self, model):
     """Yields (outputs, batch) over the test set."""
@@ -37,6 +45,13 @@ class Scorer:
     totals = [self.sums(outputs, batch) for outputs, batch in self.outputs(model)]
     # Summed in float64, in order: the same at any batch size to the last digit that is printed.
     return {name: float(np.sum([t[name] for t in totals], dtype=np.float64)) / len(self.source) for name in totals[0]}
+
+  def mean_kl(self, model, frozen):
+    """The mean of KL(model || frozen), in nats, over every row of scores of the test set."""
+    pairs = zip(self.outputs(model), self.outputs(frozen))
+    sums = [self.divergences(a, b, batch['mask']) for (a, batch), (b, _) in pairs]
+    total, count = np.sum([[float(x) for x in pair] for pair in sums], axis=0)
+    return float(total / count)
 
   def differences(self, model, frozen):
     """How the outputs of two models differ over the test set."""
