@@ -17,9 +17,10 @@ def get_config(arg=''):
                            smoke=False)
   config = defaults.ptq('retrieval', 'minilm')
   config.calibration.update(sentences=256, batch_size=64)
-  config.transforms = (dict(name='smooth_inputs', layers=arg.layers, alpha=arg.alpha),) if arg.alpha else ()
+  smooth = (dict(name='smooth_inputs', layers=arg.layers, alpha=arg.alpha),) if arg.alpha else ()
+  config.transforms = (*defaults.transforms(arg.method), *smooth)
   config.recipe.update(name='float', rules={r'blocks/[\w/]+': arg.recipe})
-  config.method = defaults.method(arg.method)
+  config.method = defaults.method(arg.method, arg.smoke)
   config.eval.update(pairs=900, edition=arg.edition)
   if arg.smoke:
     config.calibration.update(sentences=4, batch_size=2)

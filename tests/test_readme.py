@@ -50,7 +50,7 @@ def test_the_smollm2_table_is_that_of_its_results():
   for path in files:
     found = json.loads(path.read_text())
     perplexity, kl = found['metrics']['perplexity'], found['metrics']['mean_kl']
-    row = f'| {found["bits_per_weight"]:.1f} | {perplexity:.2f} | {kl:.3f} | {found["walk_seconds"]:,.0f} |'
+    row = f'| {found["bits_per_weight"]:.1f} | {perplexity:,.2f} | {kl:.3f} | {found["walk_seconds"]:,.0f} |'
     assert row in text, (path, row)
 
 

@@ -121,10 +121,12 @@ def divergence(reference, logits):
   >>> divergence(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[3.0, 1.0]])))[0].round(5)   # ln(2) - ln(3) / 2
   Array([0.14384], dtype=float32)
   """
-  log_p, log_q = (jax.nn.log_softmax(a.astype(jnp.float32), axis=-1) for a in (reference, logits))
-  p = jnp.exp(log_p)
-  terms = jnp.where(p > 0, p * (log_p - log_q), 0.0)  # 0 ln 0 is 0.
-  return terms.sum(axis=-1), jnp.argmax(reference, axis=-1) == jnp.argmax(logits, axis=-1)
+  def row(pair):
+    log_p, log_q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in pair)
+    p = jnp.exp(log_p)
+    return jnp.where(p > 0, p * (log_p - log_q), 0.0).sum(), jnp.argmax(pair[0]) == jnp.argmax(pair[1])  # 0 ln 0 is 0.
+
+  return jax.lax.map(row, (reference, logits), batch_size=ppls.ROWS)
 
 
 def agreement(reference, logits):
@@ -150,6 +152,7 @@ def on_text(reference_fn, logits_fn, tokens, protocol):
     losses = (ppls.losses_of(a, targets, i) for a in (reference, logits))
     parts.append((*_checked(divergence(reference, logits), f' of window {i}'), *losses))
     predicted.append(targets)
+    del reference, logits, losses  # Before those of the next window are made.
   kl, same, *losses = (np.concatenate(column) for column in zip(*parts))
   count = ppls.units(predicted, protocol)
   return TextAgreement(kl, same, *(ppls.Perplexity(a, count, protocol) for a in losses))

@@ -153,6 +153,9 @@ class Perplexity:
     return f'perplexity {self.ppl:.4g} +- {self.error:.2g} {self.protocol}'
 
 
+ROWS = 32  # whose softmax is in memory at a time: vocabularies are large.
+
+
 @jax.jit
 def nll(logits, targets):
   """-log softmax(logits)[target]: float[t, v], i32[t] -> f32[t]; NaN for a target beyond the vocabulary.
@@ -160,10 +163,12 @@ def nll(logits, targets):
   >>> nll(jnp.array([[0.0, jnp.log(3.0)]]), jnp.array([1])).round(5)   # -ln(3/4)
   Array([0.28768], dtype=float32)
   """
-  logits = logits.astype(jnp.float32)
-  u = logits - jnp.max(logits, axis=-1, keepdims=True)  # Before the sum: its logarithm keeps all its digits.
-  at_target = jnp.take_along_axis(u, targets[:, None], axis=-1, mode='fill', fill_value=jnp.nan)[:, 0]
-  return jnp.log(jnp.sum(jnp.exp(u), axis=-1)) - at_target
+  def row(given):
+    logits, target = given[0].astype(jnp.float32), given[1]
+    u = logits - jnp.max(logits)  # Before the sum: its logarithm keeps all its digits.
+    return jnp.log(jnp.sum(jnp.exp(u))) - u.at[target].get(mode='fill', fill_value=jnp.nan)
+
+  return jax.lax.map(row, (logits, targets), batch_size=ROWS)
 
 
 def logits_of(logits_fn, inputs, positions):

@@ -11,7 +11,7 @@ import re
 
 from qat.core import formats, qarray, ranges, specs
 from qat.nn import rules
-from qat.quantizers import bitnet, dorefa, lsq, pact, static, stochastic
+from qat.quantizers import bitnet, dorefa, lsq, outliers, pact, static, stochastic
 from qat.quantizers.ste import STE
 
 Rule = rules.Rule
@@ -33,9 +33,10 @@ def _int_input(bits, block=specs.TOKEN):
   return STE(specs.integer(bits, block, narrow=True))
 
 
-def dynamic(weight_bits, input_bits, group=None):
-  """Integers for weights and inputs, ranges found anew for each batch."""
-  return weight_and_input(_int_weight(weight_bits, group), _int_input(input_bits), _int_input(input_bits, specs.TENSOR))
+def dynamic(weight_bits, input_bits, group=None, asymmetric=False):
+  """Integers for weights and inputs, ranges found anew for each batch; asymmetric weights have an integer zero."""
+  weight = STE(specs.affine(weight_bits, (group, 1))) if asymmetric else _int_weight(weight_bits, group)
+  return weight_and_input(weight, _int_input(input_bits), _int_input(input_bits, specs.TENSOR))
 
 
 def with_attention(recipe, bits):
@@ -43,9 +44,10 @@ def with_attention(recipe, bits):
   return tuple(dataclasses.replace(rule, scores=_int_input(bits)) for rule in recipe)
 
 
-def weight_only(bits, group=None):
-  """Integer weights, float inputs."""
-  return weight_and_input(_int_weight(bits, group))
+def weight_only(bits, group=None, asymmetric=False):
+  """Integer weights, float inputs; asymmetric weights have a zero in float32, as HQQ solves for."""
+  zero = qarray.Spec(formats.Int(bits, signed=False), (group, 1), zero=qarray.Zero())
+  return weight_and_input(STE(zero) if asymmetric else _int_weight(bits, group))
 
 
 def calibrated(weight_bits, input_bits):
@@ -89,6 +91,12 @@ def fp8():
   return weight_and_input(make(specs.CHANNEL), make(specs.TOKEN), make(specs.TENSOR))
 
 
+def llm_int8():
+  """LLM.int8(): W8A8, but for the columns of inputs that hold an outlier."""
+  token = STE(specs.integer(8, specs.TOKEN, narrow=True))
+  return weight_and_input(STE(specs.integer(8, specs.CHANNEL, narrow=True)), outliers.KeepOutliers(token))
+
+
 def ternary():
   """BitNet b1.58."""
   return weight_and_input(bitnet.weight(), bitnet.input())
@@ -114,7 +122,7 @@ RECIPES = {
     'w8a8_attention': lambda: with_attention(dynamic(8, 8), 8),
     'w4a8_attention': lambda: with_attention(dynamic(4, 8), 8),
     'w4a8_stochastic': lambda: stochastic_rounding(4, 8),
-    'bitnet': ternary, 'fp8': fp8,
+    'bitnet': ternary, 'fp8': fp8, 'llm_int8': llm_int8,
     'mxfp8': lambda: standard(specs.MXFP8, ranges.ocp_floor), 'mxfp6': lambda: standard(specs.MXFP6, ranges.ocp_floor),
     'mxfp4': lambda: standard(specs.MXFP4, ranges.ocp_floor),
     'mxint8': lambda: standard(specs.MXINT8, ranges.ocp_floor),
@@ -135,17 +143,22 @@ QUANTIZERS = {'ste': dynamic, 'static': calibrated, 'lsq': learned, 'dorefa': do
 def get(name):
   """The Rules of a named recipe; none for 'float'.
 
-  Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats.
+  Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats; '_asym' after it gives weights
+  unsigned integers and a zero beside each scale, in float32 where inputs are floats, else an integer that the products
+  of codes take. 'w<bits>a16_tensor' has one scale for the whole weight.
 
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
   """
-  if match := re.fullmatch(r'w([1-8])a(\d+)(?:_g(\d+))?', name):
-    weight_bits, input_bits, group = (part and int(part) for part in match.groups())
+  if match := re.fullmatch(r'w([1-8])a(\d+)(?:_g(\d+))?(_asym)?', name):
+    weight_bits, input_bits, group = (part and int(part) for part in match.groups()[:3])
+    asymmetric = match[4] is not None
     if input_bits in (16, 32):
-      return weight_only(weight_bits, group)
+      return weight_only(weight_bits, group, asymmetric)
     if 1 <= input_bits <= 8:
-      return dynamic(weight_bits, input_bits, group)
+      return dynamic(weight_bits, input_bits, group, asymmetric)
+  if match := re.fullmatch(r'w([1-8])a16_tensor', name):
+    return weight_and_input(STE(specs.integer(int(match.group(1)), specs.TENSOR)))
   if name not in RECIPES:
     raise ValueError(f'recipe {name!r}: there is none of that name. {_suggest(name, RECIPES)}')
   return RECIPES[name]() if RECIPES[name] else (Rule('.*'),)

@@ -6,15 +6,44 @@ Tseng et al. QuIP#, ICML 2024, Sec. 3. https://arxiv.org/abs/2402.04396 (Hadamar
 y = x w = (x U) (U^T w V) V^T: the inputs are rotated before the product and the outputs after it, and in between is a
 weight that rounds well, under the Hessian U^T H U. An m x n matrix is mu-incoherent if max|w| <= mu |w|_F / sqrt(m n).
 
+`process` puts the rotations into a network, as Hadamard transforms that run beside each layer.
+
 Differences from the papers: QuIP's rescaling of rows by H's diagonal is left out; U and V are whole matrices, where
-theirs are products of small ones.
+theirs are products of small ones; a side of a layer for whose width there is no Hadamard matrix stays as it is.
 """
 
+import functools
+
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from qat.core import hadamard
-from qat.ptq import hessian
+from qat.ptq import channels, hessian, online
+
+
+def process(model, paths, key):
+  """A copy of `model` with the same outputs, whose layers at `paths` have rotated weights.
+
+  Args:
+    model: in floats.
+    paths: of Linear layers, each with one kernel [i, o].
+    key: of the signs.
+  """
+  channels.refuse_quantized(model, 'incoherence.process')
+  model = nnx.clone(model)
+  for i, path in enumerate(paths):
+    layer = channels.find(model, path)
+    n, m = channels.input_rows(layer, path), channels.shape(layer, path)[-1]
+    into, out_of = (jax.random.rademacher(k, (size,), jnp.int8)
+                    for k, size in zip(jax.random.split(jax.random.fold_in(key, i)), (n, m)))
+    if hadamard.is_constructible(n):
+      U_T = hadamard.orthonormal(n, into).T
+      online.insert(layer, online.Hadamard(into), functools.partial(_matmul, U_T), path)
+    if hadamard.is_constructible(m):
+      V_T = hadamard.orthonormal(m, out_of)                              # y V^T is transform(y, signs).
+      online.append(layer, online.Hadamard(out_of), lambda w, V_T=V_T: _matmul(w, V_T.T), path)
+  return model
 
 
 def signed_hadamard(key, n):
@@ -46,6 +75,10 @@ def rotate_back(w, U, V):
 def incoherence(w):
   """mu(w) = max|w| sqrt(i o) / |w|_F: f32[]. About 1 at best, and sqrt(i o) if a single number is not 0."""
   return jnp.max(jnp.abs(w)) / jnp.sqrt(jnp.mean(w * w))
+
+
+def _matmul(a, b):
+  return jnp.matmul(a, b, precision=hessian.HIGHEST)
 
 
 def _product(a, b, c):

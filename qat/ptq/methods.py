@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from qat.core import qarray, ranges
-from qat.nn import quantized, rules, transform
-from qat.ptq import awq, links as links_, reconstruct, running, taps, walk
-from qat.ptq.moments import Moments
+from qat.nn import calls, quantized, rules, transform, weights
+from qat.ptq import awq, fisher, links as links_, reconstruct, running, stages, taps, walk
+from qat.quantizers import lsq, qdrop, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,13 @@ class Layerwise:
 
   Attributes:
     solver: (w: f32[i, o], Moments, spec) -> (QArray[i, o], facts); see qat/ptq/solvers.py.
+    sequential: whether the layers of a block are solved in waves (stages.waves), each on the inputs that the codes of
+      the waves before it give, as GPTQ's authors do ("true sequential"); else all on those of the block in floats.
   """
   solver: Callable
+  sequential: bool = False
 
-  reads_floats = False
+  reads_floats, loss = False, None
 
   def __call__(self, work):
     solved, facts = self.solve(work)
@@ -33,10 +36,22 @@ class Layerwise:
 
   def solve(self, work):
     """{layer: QArray[*lead, i, o]} and {layer: facts}; `work` stays as it is."""
-    gathered = running.gather(work.block, work.inputs, work.layers, work.apply)
-    near, sites = walk.nearest(work.block, work.layers), {s.path: s for s in rules.sites(work.block)}
-    found = {path: self._site(sites[path], gathered.get(path), near[path]) for path in work.layers}
-    return {path: q for path, (q, _) in found.items()}, {path: facts for path, (_, facts) in found.items()}
+    waves = [work.layers]
+    if self.sequential:
+      waves = stages.waves(work.block, work.apply, work.inputs[0], work.layers)
+    work, found = dataclasses.replace(work, block=nnx.clone(work.block)), {}
+    for i, wave in enumerate(waves):
+      gathered = self.gather(work, wave)
+      near, sites = walk.nearest(work.block, wave), {s.path: s for s in rules.sites(work.block)}
+      solved = {path: self._site(sites[path], gathered.get(path), near[path]) for path in wave}
+      if i + 1 < len(waves):
+        transform.hold(work.block, {path: q for path, (q, _) in solved.items()})
+      found |= solved
+    return {path: found[path][0] for path in work.layers}, {path: found[path][1] for path in work.layers}
+
+  def gather(self, work, layers):
+    """{path: Moments} of what `layers` read."""
+    return running.gather(_in_floats(work.block, work.layers), work.inputs, layers, work.apply)
 
   def _site(self, site, moments, near):
     """(QArray[*lead, i, o], facts) of one site; `near` is its weight rounded to nearest."""
@@ -45,7 +60,8 @@ class Layerwise:
       return near, dict(fallback=f'rounded to nearest: {why}')
     weight = vars(quantized.of(site.module).weights)[site.name]
     w = weight.quantizer.prepare(weight.layout.to_matrix(site.variable.get_value())).astype(jnp.float32)
-    moments = jax.tree.map(lambda a, r: a.reshape(*w.shape[:-2], *a.shape[a.ndim - r:]), moments, _ranks())
+    lead = lambda a, rank: a.reshape(*w.shape[:-2], *a.shape[a.ndim - rank:])
+    moments = jax.tree.map(lead, moments, moments.ranks())
     solved, facts = [], {}
     for index in np.ndindex(*w.shape[:-2]) if w.ndim > 2 else [()]:
       one = jax.tree.map(lambda a: a[index], moments)
@@ -56,9 +72,24 @@ class Layerwise:
     return jax.tree.map(stack, *solved) if w.ndim > 2 else solved[0], facts
 
 
-def _ranks():
-  """The axes of each field of the Moments of one matrix."""
-  return Moments(0, 2, 1, 1)
+@dataclasses.dataclass(frozen=True)
+class Drifted(Layerwise):
+  """Each layer by itself, from what it reads in the quantized model and in the float one: moments.Drifted."""
+
+  reads_floats = True
+
+  def gather(self, work, layers):
+    block = _in_floats(work.block, work.layers)
+    return running.gather_pairs(block, work.floats, work.inputs, work.float_inputs, layers, work.apply)
+
+
+def _in_floats(block, layers):
+  """A copy of `block` whose weights are floats, but for those that are codes already; inputs stay on their grids."""
+  block = nnx.clone(block)
+  for site in rules.sites(block):
+    if site.path in layers and not isinstance(site.variable, weights.Codes):
+      del quantized.of(site.module).weights[site.name]
+  return block
 
 
 def _unseen(moments, near):
@@ -96,7 +127,7 @@ class Scaled:
   patterns: tuple = ()
   rule: Callable = ranges.absmax
 
-  reads_floats = False
+  reads_floats, loss = False, None
 
   def __call__(self, work):
     if work.apply is running.call:  # A layer that is solved by itself has no block for scales to move in.
@@ -134,6 +165,8 @@ class Blockwise:
     quantizer: spec -> the quantizer of a weight, such as adaround.AdaRound.
     settings: a value of qat/ptq/presets.py.
     start: a Layerwise, from whose codes they start; None: from what the quantizers start with.
+    inputs: (quantizer of an input, the layer's lead) -> the one that learns in its place; None leaves them as they are.
+    loss: (model, batch) -> f32[], the task's, by whose gradients in the float model errors are weighed; None: alike.
     float_targets: whether targets are what the block gives in the float model, as in AdaRound (Sec. 3.3), or what it
       gives in floats on the inputs that the quantized model has for it.
     seed: of the batches.
@@ -141,6 +174,8 @@ class Blockwise:
   quantizer: Callable
   settings: reconstruct.Settings
   start: Layerwise | None = None
+  inputs: Callable | None = None
+  loss: Callable | None = None
   float_targets: bool = True
   seed: int = 0
 
@@ -149,13 +184,17 @@ class Blockwise:
     return self.float_targets
 
   def __call__(self, work):
+    if (layer := _alone(work)) is not None:
+      return dict(zip(work.layers, self(layer).values()))
     solved, facts = self.start.solve(work) if self.start else ({}, {path: {} for path in work.layers})
     block = self._learning(work.block, work.layers, solved)
     block.eval()
     inputs = work.float_inputs if self.float_targets else work.inputs
     targets = _together(list(running.forward(work.floats, inputs, work.apply)))
     key = jax.random.fold_in(jax.random.key(self.seed), work.index)
-    block, report = reconstruct.reconstruct(block, work.apply, _together(work.inputs), targets, self.settings, key)
+    importance = None if work.importance is None else fisher.scaled(work.importance)
+    block, report = reconstruct.reconstruct(block, work.apply, _together(work.inputs), targets,
+                                            _of_layers(self.settings, block, work.layers), key, importance)
     transform.hold(work.block, walk.nearest(block, work.layers))
     self._inputs(work.block, block)
     about = dict(before=report.before, after=report.after, best_step=report.best_step)
@@ -169,7 +208,19 @@ class Blockwise:
         weight = vars(quantized.of(site.module).weights)[site.name]
         w = weight.layout.to_matrix(site.variable.get_value())
         weight.quantizer = self.quantizer(weight.quantizer.spec).for_weight(w)
+    if self.inputs is not None:
+      self._learn_inputs(block, layers)
     return reconstruct.starting_at(block, solved) if solved else block
+
+  def _learn_inputs(self, block, layers):
+    """Puts `self.inputs` in the place of the quantizers of the inputs of `layers`, in place."""
+    found = [quantized.of(site.module) for site in rules.sites(block) if site.path in layers]
+    found = [q for q in found if q.input is not None]
+    if not found:
+      raise ValueError(f'The inputs of {list(layers)} are floats: there is nothing to learn of them. Give a recipe '
+                       "that quantizes inputs, such as 'w4a4_static', or a method for weights alone.")
+    for q in found:
+      q.input = self.inputs(q.input, q.lead)
 
   def _inputs(self, block, trained):
     """Puts the trained quantizers of activations into `block`."""
@@ -177,6 +228,45 @@ class Blockwise:
       pairs = zip(*(transform.activations(vars(layer)['quantizers']) for layer in (mine, other)))
       for (holder, slot), (theirs, _) in pairs:
         setattr(holder, slot, getattr(theirs, slot))
+
+
+def dropped(probability, quantizer, lead):
+  """QDrop of an input's quantizer; one of a calibrated scale learns it from there, by LSQ."""
+  if isinstance(quantizer, static.Static) and quantizer.zero is None:
+    quantizer = lsq.LSQ(quantizer.spec).for_input(lead, quantizer.scale.get_value())
+  new = qdrop.QDrop(quantizer, probability)
+  new.lead = lead
+  return new
+
+
+def _of_layers(settings, block, layers):
+  """`settings`, whose groups of all Params are of the weights of `layers`: no others are kept as codes."""
+  names = [re.escape(f'{site.path}/{site.name}' if site.kind != 'Param' else site.path)
+           for site in rules.sites(block) if site.path in layers]
+  chosen = lambda group: dataclasses.replace(group, what='|'.join(names)) if group.what is nnx.Param else group
+  return dataclasses.replace(settings, groups=tuple(map(chosen, settings.groups)))
+
+
+class _Alone(nnx.Module):
+  """A block of one layer."""
+
+  def __init__(self, layer):
+    self.layer = layer
+
+  def __call__(self, *args, **kwargs):
+    return self.layer(*args, **kwargs)
+
+
+def _alone(work):
+  """The Work of a layer outside the chain on what the layer itself is called with, where that is once; else None."""
+  if work.apply is running.call:
+    return None
+  path, = work.layers
+  if [call.path for call in calls.trace(work.block, work.apply, work.inputs[0])].count(path) != 1:
+    return None
+  block, floats = (_Alone(dict(quantized.walk(model))[path]) for model in (work.block, work.floats))
+  inputs, float_inputs = (running.capture(model, work.apply, work.inputs, path) for model in (work.block, work.floats))
+  return walk.Work(block, ('layer',), inputs, floats, float_inputs, running.call, work.index, work.importance)
 
 
 def _together(batches):

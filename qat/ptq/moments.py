@@ -48,6 +48,11 @@ class Moments:
     return Moments(self.count + jnp.int32(x.shape[-2]), self.second + second,
                    self.absolute + jnp.sum(jnp.abs(x), -2), jnp.maximum(self.largest, jnp.max(jnp.abs(x), -2)))
 
+  @classmethod
+  def ranks(cls):
+    """The axes of each field, of one product."""
+    return cls(0, 2, 1, 1)
+
   @property
   def H(self):
     """The mean of x^T x: f32[k, k], half the Hessian of a layer's squared output error."""
@@ -57,3 +62,39 @@ class Moments:
   def mean_abs(self):
     """The mean of |x| of each input: f32[k]."""
     return self.absolute / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drifted(Moments):
+  """Moments of the rows x~ that a quantized model feeds a layer, and how they go with those of the float model, x.
+
+  Attributes:
+    cross: f32[k, k], the sum of x~^T x.
+  """
+  cross: jax.Array
+
+  @classmethod
+  def ranks(cls):
+    return cls(0, 2, 1, 1, 2)
+
+  @property
+  def G(self):
+    """The mean of x~^T x: f32[k, k]."""
+    return self.cross / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rows themselves, f32[*lead, n, k], in place of their Moments."""
+  rows: jax.Array
+
+  @classmethod
+  def zeros(cls, k, lead=()):
+    """None."""
+    return cls(jnp.zeros((*lead, 0, k)))
+
+  def add(self, x):
+    """These, and rows float[*lead, n, k] more."""
+    return Rows(jnp.concatenate([self.rows, x.astype(jnp.float32)], -2))

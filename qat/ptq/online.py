@@ -17,6 +17,10 @@ class Divisor(nnx.Variable):
   """What an input is divided by. Not a Param: optimizers leave it alone."""
 
 
+class Signs(nnx.Variable):
+  """1 or -1 for each channel, int8."""
+
+
 class Divide(nnx.Module):
   """x / s for each channel. On a grid of one scale t, that is the grid of scales s t: no step more when served."""
 
@@ -30,20 +34,28 @@ class Divide(nnx.Module):
 
 
 class Hadamard(nnx.Module):
-  """x H / sqrt(n), for the Hadamard matrix of core/hadamard.py: n log2 n additions, or little more."""
+  """x diag(signs) H / sqrt(n), for the Hadamard matrix of core/hadamard.py: n log2 n additions, or little more.
+
+  `signs`: [n] of 1 and -1, or None.
+  """
+
+  def __init__(self, signs=None):
+    self.signs = None if signs is None else Signs(signs)
 
   def __call__(self, x):
-    return hadamard.transform(x)
+    return hadamard.transform(x, None if self.signs is None else self.signs.get_value())
 
 
 @functools.cache
 def online_type(cls):
-  """The subclass of a layer class whose instances change their input by `self.before`."""
+  """The subclass of a layer class whose instances change their input by `before`, and their output by `after`."""
 
   class Online(cls):
 
     def __call__(self, inputs, *args, **kwargs):
-      return super().__call__(self.before(inputs), *args, **kwargs)
+      before, after = vars(self).get('before'), vars(self).get('after')
+      y = super().__call__(inputs if before is None else before(inputs), *args, **kwargs)
+      return y if after is None else after(y)
 
   Online.__name__ = Online.__qualname__ = f'Online{cls.__name__}'
   return Online
@@ -59,8 +71,27 @@ def insert(layer, before, inverse, path):
   if hasattr(layer, 'before'):
     raise ValueError(f"'{path}' has an input that is changed already, by {type(layer.before).__name__}. Do it once.")
   channels.map_inputs(layer, inverse, path)
-  layer.__class__ = online_type(type(layer))
+  _make_online(layer)
   layer.before = before
+
+
+def append(layer, after, inverse, path):
+  """Changes a layer, in place, so that it returns after(y).
+
+  Its weight and its bias become inverse(m: f32[*lead, rest, channels]).
+  """
+  if not isinstance(layer, nnx.Linear):
+    raise ValueError(f"'{path}' is a {type(layer).__name__}: outputs are changed of Linear layers. Name one of these.")
+  if hasattr(layer, 'after'):
+    raise ValueError(f"'{path}' has an output that is changed already, by {type(layer.after).__name__}. Do it once.")
+  channels.map_outputs(layer, inverse, path)
+  _make_online(layer)
+  layer.after = after
+
+
+def _make_online(layer):
+  if not hasattr(layer, 'before') and not hasattr(layer, 'after'):
+    layer.__class__ = online_type(type(layer))
 
 
 class Direction(nnx.Variable):

@@ -5,9 +5,10 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from qat.nn import quantized
-from qat.ptq import taps
+from qat.ptq import moments, taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,61 @@ class Reached(Exception):
 
 def capture(model, apply, batches, path):
   """The Inputs that the module at `path` is called with for each batch, without running what comes after it."""
+  door = _door(model, apply, path)
+  return [door(batch) for batch in batches]
+
+
+def streamed(model, apply, blocks):
+  """batch -> apply(model, batch), in evaluation mode, one block of a chain after the other.
+
+  One XLA program of the whole network decodes the codes of all its layers before the first product: here those of one
+  block are in floats at a time, and blocks of one structure are compiled once.
+
+  Args:
+    model: any; it is not to be changed as long as the function is used.
+    apply: (model, batch) -> an array.
+    blocks: paths of all blocks of its chain (stages.chain), in order.
+  """
+  door, modules, rest = _door(model, apply, blocks[0]), dict(quantized.walk(model)), _rest(model, apply, blocks)
+
+  def run(batch):
+    inputs = door(batch)
+    for path in blocks:
+      y, = forward(modules[path], [inputs])
+      inputs = inputs.after(y)
+    return rest(batch, y)
+
+  return run
+
+
+def _rest(model, apply, blocks):
+  """(batch, what the last of the blocks returns) -> what comes of it."""
+  skipped, given = nnx.clone(model), []
+  modules = dict(quantized.walk(skipped))
+  for path in blocks:
+    module = modules[path]
+
+    class Skipped(type(module)):
+
+      def __call__(self, x, *args, **kwargs):
+        return given[-1]
+
+    module.__class__ = Skipped
+  graph, state = _evaluated(skipped)
+
+  @jax.jit
+  def rest(state, batch, y):
+    given.append(y)
+    try:
+      return apply(nnx.merge(graph, state), batch)
+    finally:
+      given.clear()
+
+  return functools.partial(rest, state)
+
+
+def _door(model, apply, path):
+  """batch -> the Inputs of the module at `path`."""
   watched, rest = nnx.clone(model), []
   module = dict(quantized.walk(watched))[path]
 
@@ -71,7 +127,7 @@ def capture(model, apply, batches, path):
       return inputs.arrays
     raise AssertionError(f'{path} was called when the model was traced, and now is not.')
 
-  return [Inputs(inputs_of(state, batch), rest[0]) for batch in batches]
+  return lambda batch: Inputs(inputs_of(state, batch), rest[0])
 
 
 def forward(block, inputs, apply=call):
@@ -97,6 +153,22 @@ def gather(block, inputs, layers, apply=call):
   return taps.moments(nnx.merge(graph, gathered, others), layers)
 
 
+def gather_pairs(block, floats, inputs, float_inputs, layers, apply=call):
+  """{path: moments.Drifted} of what the layers of `block` read, and those of `floats` on `float_inputs`."""
+  gathered = gather(block, inputs, layers, apply)
+  sides = []
+  for model in (block, floats):
+    tapped = nnx.clone(model)
+    taps.insert(tapped, layers, moments.Rows.zeros)
+    sides.append(_evaluated(tapped))
+  (graph, state), (float_graph, float_state) = sides
+  cross = {path: jnp.zeros_like(found.second) for path, found in gathered.items()}
+  for pair in zip(inputs, float_inputs):
+    cross = _cross(apply, graph, float_graph, layers, cross, state, float_state, *pair)
+  fields = lambda m: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
+  return {path: moments.Drifted(**fields(found), cross=cross[path]) for path, found in gathered.items()}
+
+
 def _evaluated(block):
   block = nnx.clone(block)
   block.eval()
@@ -113,3 +185,15 @@ def _gather(apply, graph, gathered, others, one):
   module = nnx.merge(graph, gathered, others)
   apply(module, one)
   return nnx.state(module, taps.Gathered)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _cross(apply, graph, float_graph, layers, cross, state, float_state, one, float_one):
+  """`cross`, and the sums of x~^T x of one batch."""
+  found = []
+  for g, s, x in ((graph, state, one), (float_graph, float_state, float_one)):
+    module = nnx.merge(g, s)
+    apply(module, x)
+    found.append(taps.moments(module, layers))
+  product = functools.partial(jnp.einsum, '...nk,...nl->...kl', precision='highest')
+  return {path: cross[path] + product(found[0][path].rows, found[1][path].rows) for path in cross}

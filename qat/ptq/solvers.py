@@ -4,8 +4,7 @@ A solver is `(w: f32[i, o], moments: Moments, spec) -> (QArray[i, o], notes)`. `
 for the coverage report; its 'fallback', if there is one, says why the solver did something else than it was asked.
 Solvers are frozen dataclasses: they hash, compare and print. The mathematics is in a file a paper beside this one.
 
-Methods that leave something else than a QArray (codebook_vectors, llm_int8, sparse), that change what is rounded
-(incoherence), or that need more than Moments (qronos) are functions of arrays only.
+Methods that leave something else than a QArray (codebook_vectors, sparse) are functions of arrays only.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray, ranges
-from qat.ptq import gptq, hessian, hqq, ldlq, quantease, scales
+from qat.ptq import gptq, hessian, hqq, ldlq, qronos, quantease, scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,20 @@ class LDLQ:
     H = moments.H
     factor = hessian.factor(H, self.damp, self.act_order)
     q = ldlq.ldlq(w, factor, spec, *scales.fit(self.rule, w, spec, H))
+    return q, hessian.notes(factor, self.damp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qronos:
+  """Makes up for the errors of the layers before: it takes moments.Drifted. See qronos.py."""
+  damp: float = 0.01
+  act_order: bool = True
+  rule: Callable = scales.HessianSearch()
+
+  def __call__(self, w, moments, spec):
+    H = moments.H
+    factor = hessian.factor(H, self.damp, self.act_order)
+    q = qronos.qronos(w, factor, moments.G, spec, *scales.fit(self.rule, w, spec, H))
     return q, hessian.notes(factor, self.damp)
 
 

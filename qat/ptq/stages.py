@@ -11,7 +11,7 @@ import dataclasses
 from flax import nnx
 import jax
 
-from qat.nn import calls, quantized, rules
+from qat.nn import calls, quantized, rules, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,22 @@ def stages(model, apply, batch):
   before, after = [p for p in alone if order(p) < start], [p for p in alone if order(p) >= start]
   streamed = [Stage(b, tuple(p for p in paths if inside[p] == b)) for b in blocks]
   return [Stage('', (p,)) for p in before] + streamed + [Stage('', (p,)) for p in after]
+
+
+def waves(block, apply, one, layers):
+  """`layers` of a block in tuples of those that read one and the same array, in the order in which they are called.
+
+  Those of a tuple cannot depend on each other: queries, keys and values; then what attention returns to; then the
+  first layers of the ffn. Layers that are not called, as bare Params, are by themselves.
+  """
+  first, found = {}, {}
+  for call in calls.trace(block, apply, one):
+    first.setdefault(call.path, call)
+  called = list(first)
+  for path in sorted(layers, key=lambda p: called.index(p) if p in first else -1):
+    call = first.get(path)
+    found.setdefault(id(call.args[0]) if call is not None and call.args else path, []).append(path)
+  return [tuple(wave) for wave in found.values()]
 
 
 def chain(log, model):
@@ -88,7 +104,9 @@ def _follows(first, second):
 
 def _is_solved(site):
   q = quantized.of(site.module)
-  return q is not None and site.name is not None and site.name in vars(q.weights)
+  if q is None or site.name is None or site.name not in vars(q.weights):
+    return False
+  return not isinstance(site.variable, weights.Codes)  # What is frozen is solved.
 
 
 def _module_of(path, called):

