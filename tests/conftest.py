@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 20_000  # Linux ends a process at 65,530.
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -20,3 +21,11 @@ def strict_dtypes(request):
   strict = request.path.parent.name in ('core', 'quantizers', 'ptq', 'kernels')
   with jax.numpy_dtype_promotion('strict' if strict else 'standard'):
     yield
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """Each compiled program maps memory, of which a process has a limit: it crashes there."""
+  yield
+  if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+    jax.clear_caches()

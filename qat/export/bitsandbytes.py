@@ -16,10 +16,8 @@ Weights that are not quantized are stored in floats, under the family's names.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import tempfile
 
 from flax import nnx
 import jax.numpy as jnp
@@ -30,6 +28,7 @@ import safetensors.numpy
 from qat.core import codebooks, packing
 from qat.core.blocks import Flat
 from qat.core.qarray import Min, QArray, Spec
+from qat.export import files
 from qat.models import rope
 from qat.models.pretrained import names
 from qat.nn import quantized, recipes, rules, transform, weights
@@ -132,9 +131,7 @@ def save(model, path, family, overwrite=False):
     else:
       found[stored] = _theirs(np.asarray(variable.get_value()), row, ours)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-    file.write(safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in found.items()}, {'format': 'pt'}))
-  os.replace(file.name, path)
+  files.write(path, safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in found.items()}, {'format': 'pt'}))
 
 
 def load(model, path, family):

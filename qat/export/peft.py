@@ -14,15 +14,14 @@ and values, which are one layer there.
 """
 
 import json
-import os
 import pathlib
 import re
-import tempfile
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from qat.export import files
 from qat.models import rope
 from qat.models.pretrained import names
 from qat.nn import adapters, lora, rules
@@ -60,8 +59,8 @@ def save(model, folder, family, name='default', base='', overwrite=False):
              for part, x in _parts(adapter, modules[theirs], _outputs(model, modules[theirs])).items()}
   config = _config(found, modules, base)
   folder.mkdir(parents=True, exist_ok=True)
-  _write(folder / WEIGHTS, safetensors.numpy.save(tensors, {'format': 'pt'}))
-  _write(folder / CONFIG, (json.dumps(config, indent=2) + '\n').encode())
+  files.write(folder / WEIGHTS, safetensors.numpy.save(tensors, {'format': 'pt'}))
+  files.write(folder / CONFIG, (json.dumps(config, indent=2) + '\n').encode())
 
 
 def load(model, folder, family, name='default'):
@@ -243,10 +242,3 @@ def _fill(adapter, parts, site, outputs, where):
       raise ValueError(f'{where}: {theirs} has shape {parts[theirs].shape}, which becomes {x.shape}, and this layer '
                        f'takes {variable.get_value().shape}. The adapter is of another model.')
     variable.set_value(np.asarray(x, np.float32))
-
-
-def _write(path, data):
-  """Whoever looks sees the old file or the whole new one."""
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-    file.write(data)
-  os.replace(file.name, path)

@@ -11,7 +11,7 @@ import re
 
 from qat.core import formats, qarray, ranges, specs
 from qat.nn import rules
-from qat.quantizers import bitnet, dorefa, lsq, outliers, pact, static, stochastic
+from qat.quantizers import bitnet, dorefa, lsq, pact, static, stochastic
 from qat.quantizers.ste import STE
 
 Rule = rules.Rule
@@ -91,12 +91,6 @@ def fp8():
   return weight_and_input(make(specs.CHANNEL), make(specs.TOKEN), make(specs.TENSOR))
 
 
-def llm_int8():
-  """LLM.int8(): W8A8, but for the columns of inputs that hold an outlier."""
-  token = STE(specs.integer(8, specs.TOKEN, narrow=True))
-  return weight_and_input(STE(specs.integer(8, specs.CHANNEL, narrow=True)), outliers.KeepOutliers(token))
-
-
 def ternary():
   """BitNet b1.58."""
   return weight_and_input(bitnet.weight(), bitnet.input())
@@ -122,7 +116,7 @@ RECIPES = {
     'w8a8_attention': lambda: with_attention(dynamic(8, 8), 8),
     'w4a8_attention': lambda: with_attention(dynamic(4, 8), 8),
     'w4a8_stochastic': lambda: stochastic_rounding(4, 8),
-    'bitnet': ternary, 'fp8': fp8, 'llm_int8': llm_int8,
+    'bitnet': ternary, 'fp8': fp8,
     'mxfp8': lambda: standard(specs.MXFP8, ranges.ocp_floor), 'mxfp6': lambda: standard(specs.MXFP6, ranges.ocp_floor),
     'mxfp4': lambda: standard(specs.MXFP4, ranges.ocp_floor),
     'mxint8': lambda: standard(specs.MXINT8, ranges.ocp_floor),

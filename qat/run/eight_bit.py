@@ -29,7 +29,7 @@ def eight_bit(inner, block=256, smallest=SMALLEST, maps=None):
     smallest: moments of fewer numbers stay in float32.
     maps: {name of a moment: codebook}, MAPS if not given.
 
-  >>> eight_bit(optax.adam(1e-3)).init(jnp.ones((64, 64)))[0].mu.codes.dtype
+  >>> eight_bit(optax.adam(1e-3)).init(jax.numpy.ones((64, 64)))[0].mu.codes.dtype
   dtype('uint8')
   """
   specs = {name: qarray.Spec(book, Flat(block)) for name, book in (maps or MAPS).items()}

@@ -16,9 +16,9 @@ claims may have a `paper`: what the paper reports. A page.py is data and imports
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import pathlib
+import runpy
 import shlex
 import string
 import sys
@@ -152,10 +152,8 @@ def load(folder):
   root = str(folder.resolve().parents[1])
   if root not in sys.path:  # Pages say `from experiments import networks`.
     sys.path.insert(0, root)
-  spec = importlib.util.spec_from_file_location('page', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  page = Page(folder, module.PAPER, tuple(module.SEEDS), tuple(module.METRICS), module.RUNS, module.CLAIMS)
+  said = runpy.run_path(str(path))  # From its source: an import may find the bytecode of a page that was edited since.
+  page = Page(folder, said['PAPER'], tuple(said['SEEDS']), tuple(said['METRICS']), said['RUNS'], said['CLAIMS'])
   _check(page)
   return page
 
