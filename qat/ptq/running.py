@@ -161,10 +161,10 @@ def gather_pairs(block, floats, inputs, float_inputs, layers, apply=call):
     tapped = nnx.clone(model)
     taps.insert(tapped, layers, moments.Rows.zeros)
     sides.append(_evaluated(tapped))
-  (graph, state), (float_graph, float_state) = sides
+  graphs, states = zip(*sides)
   cross = {path: jnp.zeros_like(found.second) for path, found in gathered.items()}
   for pair in zip(inputs, float_inputs):
-    cross = _cross(apply, graph, float_graph, layers, cross, state, float_state, *pair)
+    cross = _cross(apply, graphs, layers, cross, states, pair)
   fields = lambda m: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
   return {path: moments.Drifted(**fields(found), cross=cross[path]) for path, found in gathered.items()}
 
@@ -187,13 +187,13 @@ def _gather(apply, graph, gathered, others, one):
   return nnx.state(module, taps.Gathered)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _cross(apply, graph, float_graph, layers, cross, state, float_state, one, float_one):
-  """`cross`, and the sums of x~^T x of one batch."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _cross(apply, graphs, layers, cross, states, pair):
+  """`cross`, and the sums of x~^T x of one batch: `pair` is what the block is called with, and the float block."""
   found = []
-  for g, s, x in ((graph, state, one), (float_graph, float_state, float_one)):
-    module = nnx.merge(g, s)
-    apply(module, x)
+  for graph, state, one in zip(graphs, states, pair):
+    module = nnx.merge(graph, state)
+    apply(module, one)
     found.append(taps.moments(module, layers))
   product = functools.partial(jnp.einsum, '...nk,...nl->...kl', precision='highest')
   return {path: cross[path] + product(found[0][path].rows, found[1][path].rows) for path in cross}

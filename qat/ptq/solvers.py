@@ -27,45 +27,39 @@ class Nearest:
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ:
+class Factored:
+  """What walks along rows under a factor of the damped H. A subclass says how, by `codes`."""
+  damp: float = 0.01
+  act_order: bool = True
+  rule: Callable = scales.HessianSearch()
+
+  def __call__(self, w, moments, spec):
+    factor = hessian.factor(moments.H, self.damp, self.act_order)
+    grid = spec, *scales.fit(self.rule, w, spec, moments.H)
+    return self.codes(w, factor, moments, *grid), hessian.notes(factor, self.damp)
+
+
+class GPTQ(Factored):
   """GPTQ: rows absorb the errors of those before them. See gptq.py."""
-  damp: float = 0.01
-  act_order: bool = True
-  rule: Callable = scales.HessianSearch()
 
-  def __call__(self, w, moments, spec):
-    H = moments.H
-    factor = hessian.factor(H, self.damp, self.act_order)
-    q = gptq.walk(w, factor, spec, *scales.fit(self.rule, w, spec, H))
-    return q, hessian.notes(factor, self.damp)
+  def codes(self, w, factor, moments, *grid):
+    del moments
+    return gptq.walk(w, factor, *grid)
 
 
-@dataclasses.dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Factored):
   """QuIP's rounding, without its rotations: GPTQ's codes, found in another way. See ldlq.py."""
-  damp: float = 0.01
-  act_order: bool = True
-  rule: Callable = scales.HessianSearch()
 
-  def __call__(self, w, moments, spec):
-    H = moments.H
-    factor = hessian.factor(H, self.damp, self.act_order)
-    q = ldlq.ldlq(w, factor, spec, *scales.fit(self.rule, w, spec, H))
-    return q, hessian.notes(factor, self.damp)
+  def codes(self, w, factor, moments, *grid):
+    del moments
+    return ldlq.ldlq(w, factor, *grid)
 
 
-@dataclasses.dataclass(frozen=True)
-class Qronos:
+class Qronos(Factored):
   """Makes up for the errors of the layers before: it takes moments.Drifted. See qronos.py."""
-  damp: float = 0.01
-  act_order: bool = True
-  rule: Callable = scales.HessianSearch()
 
-  def __call__(self, w, moments, spec):
-    H = moments.H
-    factor = hessian.factor(H, self.damp, self.act_order)
-    q = qronos.qronos(w, factor, moments.G, spec, *scales.fit(self.rule, w, spec, H))
-    return q, hessian.notes(factor, self.damp)
+  def codes(self, w, factor, moments, *grid):
+    return qronos.qronos(w, factor, moments.G, *grid)
 
 
 @dataclasses.dataclass(frozen=True)

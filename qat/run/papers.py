@@ -153,6 +153,8 @@ def load(folder):
   if root not in sys.path:  # Pages say `from experiments import networks`.
     sys.path.insert(0, root)
   said = runpy.run_path(str(path))  # From its source: an import may find the bytecode of a page that was edited since.
+  if lacking := [name for name in ('PAPER', 'SEEDS', 'METRICS', 'RUNS', 'CLAIMS') if name not in said]:
+    raise ValueError(f'{path} lacks {lacking}: a page declares all five. See qat/run/papers.py.')
   page = Page(folder, said['PAPER'], tuple(said['SEEDS']), tuple(said['METRICS']), said['RUNS'], said['CLAIMS'])
   _check(page)
   return page
