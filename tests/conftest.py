@@ -7,11 +7,12 @@ import jax
 import pytest
 
 MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 20_000  # Linux ends a process at 65,530.
-CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+# Where programs that tests start keep their compilations too.
+CACHE = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax'))
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # One compile of a small op takes longer than most tests do.
-jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(CACHE)))
+jax.config.update('jax_compilation_cache_dir', CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 

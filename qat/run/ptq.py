@@ -50,7 +50,7 @@ def main(config, workdir):
   start = time.monotonic()
   frozen, coverage = solve(model, floats, task.batches, method, workdir, config)
   frozen = transforms.after(frozen, floats, task, config.transforms)
-  walk_seconds = time.monotonic() - start
+  walk_seconds, walk_bytes = time.monotonic() - start, provenance.peak_memory_bytes()
   metrics.write(workdir / 'coverage.json', json.dumps(coverage, indent=1) + '\n')
 
   # ------------------------------------------------------------------------ evaluate, report
@@ -58,8 +58,8 @@ def main(config, workdir):
   result = dict(config=configs.plain(config), seed=config.seed, about=task.about, metrics=task.evaluate(frozen),
                 bits_per_weight=taken.bits_per_weight, quantized_bytes=taken.quantized_bytes,
                 fallbacks=[path for path, facts in coverage.items() if 'fallback' in facts],
-                walk_seconds=walk_seconds, wall_seconds=time.monotonic() - began,
-                peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
+                walk_seconds=walk_seconds, walk_peak_memory_bytes=walk_bytes,
+                wall_seconds=time.monotonic() - began, peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
   provenance.save(workdir / 'result.json', result)
   rich.console.Console().print(printed(result))
   for name, words in task.about.items():

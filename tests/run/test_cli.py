@@ -13,12 +13,6 @@ from qat.run import data
 TINY = str(pathlib.Path(__file__).with_name('tiny.py'))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-  """Leaves jax's compilation cache where the tests have it."""
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-
-
 def train(workdir, *argv, arg=''):
   return cli.main(['train', f'--config={TINY}{arg}', f'--workdir={workdir}', *argv])
 

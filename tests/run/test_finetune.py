@@ -30,12 +30,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 TEXT = 'It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. '
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-  """Leaves jax's compilation cache where the tests have it."""
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-
-
 @pytest.fixture(scope='module')
 def there(tmp_path_factory):
   """A folder with a network and texts."""
@@ -77,9 +71,7 @@ def arrays(workdir, step):
 def done(there, tmp_path_factory):
   """The workdir of a whole run, with dropout, whose random keys are state."""
   workdir = tmp_path_factory.mktemp('done')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-    assert finetune(there, workdir, 'dropout=0.1,steps=30') == 0
+  assert finetune(there, workdir, 'dropout=0.1,steps=30') == 0
   return workdir
 
 
@@ -265,7 +257,7 @@ def test_numbers_that_are_not_finite_stop_it(there, tmp_path, capfd):
 def test_killed_it_goes_on_to_the_same_bytes(there, done, tmp_path):
   command = [sys.executable, '-m', 'qat.run.finetune', f'--config={source(there, "dropout=0.1,steps=30")}',
              f'--workdir={tmp_path}']
-  env = dict(os.environ, JAX_PLATFORMS='cpu', JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir)
+  env = dict(os.environ, JAX_PLATFORMS='cpu')
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   start = lambda: subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
   process, deadline = start(), time.monotonic() + 120

@@ -75,8 +75,7 @@ def test_a_gradient_is_named_when_all_outputs_are_finite():
   assert culprit(Root(nnx.Rngs(0)), **{'linear/kernel': jnp.zeros((4, 3))}) == "the gradient of 'linear/kernel'"
 
 
-def test_a_run_stops_with_the_layer_and_keeps_what_is_needed(tmp_path, capfd, monkeypatch):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+def test_a_run_stops_with_the_layer_and_keeps_what_is_needed(tmp_path, capfd):
   argv = ['train', f'--config={TINY}:steps=20', f'--workdir={tmp_path}', '--config.optimizer.learning_rate=1e25']
   assert cli.main(argv) == 2
   said = capfd.readouterr().err
@@ -89,8 +88,7 @@ def test_a_run_stops_with_the_layer_and_keeps_what_is_needed(tmp_path, capfd, mo
 
 
 @pytest.mark.parametrize('quantizer', ['lsq', 'ste'])
-def test_a_quantized_layer_is_named(tmp_path, capfd, monkeypatch, quantizer):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+def test_a_quantized_layer_is_named(tmp_path, capfd, quantizer):
   argv = ['train', f'--config={TINY}:quantizer={quantizer},steps=20', f'--workdir={tmp_path}',
           '--config.optimizer.learning_rate=1e30']
   assert cli.main(argv) == 2

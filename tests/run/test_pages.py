@@ -29,12 +29,6 @@ README = f'# Tiny\n\nProse.\n\n{pages.BEGIN}\n{pages.END}\n\nMore prose.\n'
 ACCURACY = dict(float=(0.9, 0.92, 0.94), w1=(0.5, 0.62, 0.44), w4=(0.88, 0.91, 0.9))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-  """Leaves jax's compilation cache where the tests have it."""
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-
-
 def folder(tmp_path, source=PAGE):
   """experiments/tiny with a page and no result."""
   path = tmp_path / 'experiments' / 'tiny'

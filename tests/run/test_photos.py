@@ -3,14 +3,13 @@ from PIL import Image
 import pytest
 
 from qat.run import photos
+from tests import offline
 
 
 @pytest.fixture(scope='module')
 def crops():
-  try:
+  with offline.skips():
     return photos.calibration(23, seed=0, size=32)
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 def gradient(width, height):

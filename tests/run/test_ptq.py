@@ -17,20 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = f'{ROOT}/configs/ptq.py'
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-  """Leaves jax's compilation cache where the tests have it."""
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-
-
 @pytest.fixture(scope='module')
 def floats(tmp_path_factory):
   """The workdir of a float run."""
   workdir = tmp_path_factory.mktemp('floats')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-    assert cli.main(['train', f'--config={ROOT}/tests/run/tiny.py:steps=60', f'--workdir={workdir}',
-                     '--config.checkpoint_every_steps=60']) == 0
+  assert cli.main(['train', f'--config={ROOT}/tests/run/tiny.py:steps=60', f'--workdir={workdir}',
+                   '--config.checkpoint_every_steps=60']) == 0
   return workdir
 
 

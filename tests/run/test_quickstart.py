@@ -10,8 +10,7 @@ from qat.run import cli
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_quickstart(tmp_path, capfd, monkeypatch):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+def test_quickstart(tmp_path, capfd):
   assert cli.main(['quickstart', f'--config={ROOT}/configs/quickstart.py:smoke', f'--workdir={tmp_path}']) == 0
   out = capfd.readouterr().out
   assert out.split()[-2:] == [str(tmp_path / 'report.html'), str(tmp_path / 'result.json')]

@@ -33,9 +33,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
-    assert cli.main(['train', f'--config={TINY}:quantizer=lsq,bits=2', f'--workdir={workdir}']) == 0
+  assert cli.main(['train', f'--config={TINY}:quantizer=lsq,bits=2', f'--workdir={workdir}']) == 0
   return workdir
 
 
@@ -56,8 +54,7 @@ def test_the_page_has_curves_layers_sqnr_and_histograms(workdir):
   assert page.tags.count('img') == 3
 
 
-def test_the_page_can_be_written_again(workdir, capfd, monkeypatch):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+def test_the_page_can_be_written_again(workdir, capfd):
   before = (workdir / 'report.html').read_bytes()
   (workdir / 'report.html').unlink()
   assert cli.main(['report', f'--workdir={workdir}']) == 0
@@ -65,8 +62,7 @@ def test_the_page_can_be_written_again(workdir, capfd, monkeypatch):
   assert (workdir / 'report.html').read_bytes() == before
 
 
-def test_a_run_that_has_not_ended_has_no_report(workdir, tmp_path, capfd, monkeypatch):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'as it is')
+def test_a_run_that_has_not_ended_has_no_report(workdir, tmp_path, capfd):
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
   assert cli.main(['report', f'--workdir={tmp_path}']) == 2
   assert 'has no result.json' in capfd.readouterr().err

