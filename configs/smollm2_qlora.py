@@ -34,11 +34,11 @@ def get_config(arg=''):
   if arg.adapter == 'qalora':
     config.adapter.group = int(re.search(r'_g(\d+)', arg.base)[1])
   config.adapter.dora = arg.adapter == 'dora'
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 2e-3
   if arg.lora_plus != 1:
     config.optimizer.groups = ((r'.*/B', dict(learning_rate_scale=arg.lora_plus)),)
   config.total_steps = arg.steps
-  config.schedule.warmup_steps = round(0.03 * arg.steps)
+  config.schedule.update(name='linear_schedule', end_value=0.0, warmup_steps=round(0.03 * arg.steps))
   config.eval.update(length=512, sequences=4, batch_size=1, every_steps=arg.steps // 4)
   config.checkpoint_every_steps = 20
   if arg.smoke:

@@ -25,8 +25,8 @@ def weight_and_input(weight, input=None, conv_input=None):
   return (Rule('.*', weight, conv_input, kind=CONVS), rest) if conv_input else (rest,)
 
 
-def _int_weight(bits, group=None):
-  return STE(specs.integer(bits, (group, 1)))
+def _int_weight(bits, block=specs.CHANNEL):
+  return STE(specs.integer(bits, block))
 
 
 def _int_input(bits, block=specs.TOKEN):
@@ -35,7 +35,7 @@ def _int_input(bits, block=specs.TOKEN):
 
 def dynamic(weight_bits, input_bits, group=None, asymmetric=False):
   """Integers for weights and inputs, ranges found anew for each batch; asymmetric weights have an integer zero."""
-  weight = STE(specs.affine(weight_bits, (group, 1))) if asymmetric else _int_weight(weight_bits, group)
+  weight = STE(specs.affine(weight_bits, (group, 1))) if asymmetric else _int_weight(weight_bits, (group, 1))
   return weight_and_input(weight, _int_input(input_bits), _int_input(input_bits, specs.TENSOR))
 
 
@@ -44,16 +44,16 @@ def with_attention(recipe, bits):
   return tuple(dataclasses.replace(rule, scores=_int_input(bits)) for rule in recipe)
 
 
-def weight_only(bits, group=None, asymmetric=False):
+def weight_only(bits, block=specs.CHANNEL, asymmetric=False):
   """Integer weights, float inputs; asymmetric weights have a zero in float32, as HQQ solves for."""
-  zero = qarray.Spec(formats.Int(bits, signed=False), (group, 1), zero=qarray.Zero())
-  return weight_and_input(STE(zero) if asymmetric else _int_weight(bits, group))
+  zero = qarray.Spec(formats.Int(bits, signed=False), block, zero=qarray.Zero())
+  return weight_and_input(STE(zero) if asymmetric else _int_weight(bits, block))
 
 
-def calibrated(weight_bits, input_bits):
-  """Integers for weights and inputs; the inputs' one range comes from calibration."""
+def calibrated(weight_bits, input_bits, block=specs.CHANNEL):
+  """Integers for weights and inputs; the inputs' one range comes from calibration. `block` is that of weights."""
   signed, unsigned = (specs.integer(input_bits, specs.TENSOR, signed=s) for s in (True, False))
-  return weight_and_input(_int_weight(weight_bits), static.Static(signed, unsigned=unsigned))
+  return weight_and_input(_int_weight(weight_bits, block), static.Static(signed, unsigned=unsigned))
 
 
 def learned(weight_bits, input_bits):
@@ -103,9 +103,9 @@ RECIPES = {
     'w4a8_g128': lambda: dynamic(4, 8, 128),
     'w8a16': lambda: weight_only(8), 'w4a16': lambda: weight_only(4), 'w3a16': lambda: weight_only(3),
     'w2a16': lambda: weight_only(2),
-    'w4a16_g32': lambda: weight_only(4, 32), 'w4a16_g64': lambda: weight_only(4, 64),
-    'w4a16_g128': lambda: weight_only(4, 128), 'w3a16_g64': lambda: weight_only(3, 64),
-    'w2a16_g64': lambda: weight_only(2, 64),
+    'w4a16_g32': lambda: weight_only(4, (32, 1)), 'w4a16_g64': lambda: weight_only(4, (64, 1)),
+    'w4a16_g128': lambda: weight_only(4, (128, 1)), 'w3a16_g64': lambda: weight_only(3, (64, 1)),
+    'w2a16_g64': lambda: weight_only(2, (64, 1)),
     'w8a8_static': lambda: calibrated(8, 8), 'w4a8_static': lambda: calibrated(4, 8),
     'w4a4_static': lambda: calibrated(4, 4), 'w2a2_static': lambda: calibrated(2, 2),
     'w8a8_lsq': lambda: learned(8, 8), 'w4a4_lsq': lambda: learned(4, 4), 'w3a3_lsq': lambda: learned(3, 3),
@@ -139,7 +139,8 @@ def get(name):
 
   Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats; '_asym' after it gives weights
   unsigned integers and a zero beside each scale, in float32 where inputs are floats, else an integer that the products
-  of codes take. 'w<bits>a16_tensor' has one scale for the whole weight.
+  of codes take. So is any 'w<bits>a<bits>_static'. 'w<bits>a16_tensor' and 'w<bits>a<bits>_static_tensor' have one
+  scale for the whole weight.
 
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
@@ -148,11 +149,12 @@ def get(name):
     weight_bits, input_bits, group = (part and int(part) for part in match.groups()[:3])
     asymmetric = match[4] is not None
     if input_bits in (16, 32):
-      return weight_only(weight_bits, group, asymmetric)
+      return weight_only(weight_bits, (group, 1), asymmetric)
     if 1 <= input_bits <= 8:
       return dynamic(weight_bits, input_bits, group, asymmetric)
-  if match := re.fullmatch(r'w([1-8])a16_tensor', name):
-    return weight_and_input(STE(specs.integer(int(match.group(1)), specs.TENSOR)))
+  if match := re.fullmatch(r'w([1-8])a(?:16|([1-8])_static)(_tensor)?', name):
+    block = specs.TENSOR if match[3] else specs.CHANNEL
+    return calibrated(int(match[1]), int(match[2]), block) if match[2] else weight_only(int(match[1]), block)
   if name not in RECIPES:
     raise ValueError(f'recipe {name!r}: there is none of that name. {_suggest(name, RECIPES)}')
   return RECIPES[name]() if RECIPES[name] else (Rule('.*'),)

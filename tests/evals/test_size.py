@@ -43,7 +43,7 @@ def test_bytes_hold_the_codes():
 @pytest.mark.parametrize('name', ['scanned', 'shared', 'tied', 'containers'])
 @pytest.mark.parametrize('frozen', [False, True])
 def test_a_model_agrees_with_explain(name, frozen, tmp_path):
-  model = transform.quantize(zoo.MODELS[name](nnx.Rngs(0)), recipes.weight_only(4, 4))
+  model = transform.quantize(zoo.MODELS[name](nnx.Rngs(0)), recipes.weight_only(4, (4, 1)))
   model = transform.freeze(model) if frozen else model
   about, got = explain.explain(model), size.measure(model)
   rows = {r.path: r for r in about.rows if r.weight != '-' and r.size_bytes}

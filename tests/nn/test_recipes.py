@@ -10,7 +10,7 @@ import qat
 from qat.nn import recipes
 
 WIDTH = 128  # What every recipe's blocks tile.
-NAMES = [name for name in recipes.RECIPES if name != 'float'] + ['w3a16_g64_asym', 'w4a8_asym']
+NAMES = [name for name in recipes.RECIPES if name != 'float'] + ['w3a16_g64_asym', 'w4a8_asym', 'w8a8_static_tensor']
 
 
 class Small(nnx.Module):
