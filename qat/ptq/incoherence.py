@@ -32,7 +32,7 @@ def process(model, paths, key):
   """
   channels.refuse_quantized(model, 'incoherence.process')
   model = nnx.clone(model)
-  for i, path in enumerate(paths):
+  for i, path in enumerate(sorted(paths)):  # A model of another history may have its layers in another order.
     layer = channels.find(model, path)
     n, m = channels.input_rows(layer, path), channels.shape(layer, path)[-1]
     into, out_of = (jax.random.rademacher(k, (size,), jnp.int8)
