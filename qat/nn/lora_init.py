@@ -39,10 +39,21 @@ class Grid:
 
 
 def principal(w, rank):
-  """The best A B of rank `rank`: w f32[i, o] -> A f32[i, r], B f32[r, o], which share the singular values."""
-  U, S, V = jnp.linalg.svd(w, full_matrices=False)
-  root = jnp.sqrt(S[:rank])
-  return U[:, :rank] * root[None], root[:, None] * V[:rank]
+  """The best A B of rank `rank`: w f32[i, o] -> A f32[i, r], B f32[r, o], which share the singular values.
+
+  A spans the first eigenvectors U of w w^T, or of w^T w if that is smaller, and B = U^T w: a quarter of the time of a
+  singular value decomposition of 576 x 1536. The square costs digits: singular values below 3e-4 of the largest, the
+  root of float32's epsilon, are not told apart, so that ||w - A B|| may exceed the least by about that share of the
+  largest. A B is a projection of w all the same.
+  """
+  if w.shape[0] > w.shape[1]:
+    A, B = principal(w.T, rank)
+    return B.T, A.T
+  _, U = jnp.linalg.eigh(jnp.matmul(w, w.T, precision='highest'), symmetrize_input=False)
+  U = U[:, ::-1][:, :rank]                                               # Eigenvalues come in rising order.
+  B = jnp.matmul(U.T, w, precision='highest')                            # S V^T, with the digits that S^2 lost.
+  root = jnp.sqrt(jnp.linalg.norm(B, axis=1))
+  return U * root[None], B / jnp.where(root == 0, 1, root)[:, None]
 
 
 def pissa(w, rank):

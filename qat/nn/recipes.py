@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 
-from qat.core import formats, qarray, ranges, specs
+from qat.core import codebooks, formats, qarray, ranges, specs
 from qat.nn import rules
 from qat.quantizers import bitnet, dorefa, lsq, pact, static, stochastic
 from qat.quantizers.ste import STE
@@ -122,6 +122,8 @@ RECIPES = {
     'mxint8': lambda: standard(specs.MXINT8, ranges.ocp_floor),
     'nvfp4': lambda: standard(specs.NVFP4),
     'nf4': lambda: standard(specs.NF4, inputs=False),
+    'nf3': lambda: standard(dataclasses.replace(specs.NF4, format=codebooks.NF3), inputs=False),
+    'nf2': lambda: standard(dataclasses.replace(specs.NF4, format=codebooks.NF2), inputs=False),
     'nf4_dq': lambda: standard(specs.NF4_DQ, ranges.centered, inputs=False),
     'fp4_bnb': lambda: standard(specs.FP4_BNB, inputs=False),
     'q4_0': lambda: standard(specs.Q4_0, ranges.signed_extreme, inputs=False),

@@ -33,6 +33,28 @@ def residual(w, Q, A, B):
   return float(np.linalg.norm(np.asarray(w - qarray.decode(Q) - A @ B, np.float64)))
 
 
+@pytest.mark.parametrize('inputs, outputs', [(256, 192), (192, 256)])
+def test_the_principal_part_is_that_of_a_svd_in_float64(inputs, outputs):
+  w = trained() if inputs == 256 else trained().T
+  A, B = map(np.float64, jax.jit(lora_init.principal, static_argnums=1)(w, 16))
+  U, S, V = np.linalg.svd(np.float64(w), full_matrices=False)
+  np.testing.assert_allclose(np.linalg.norm(w - A @ B), np.linalg.norm(S[16:]), rtol=1e-6)
+  np.testing.assert_allclose(A @ B, (U[:, :16] * S[:16]) @ V[:16], atol=1e-4 * S[0])
+  np.testing.assert_allclose(np.linalg.norm(A, axis=0), np.sqrt(S[:16]), rtol=1e-4)  # Each has half.
+  np.testing.assert_allclose(np.linalg.norm(B, axis=1), np.sqrt(S[:16]), rtol=1e-4)
+
+
+@pytest.mark.parametrize('spectrum', [np.geomspace(1, 1e-6, 48), np.r_[np.ones(4), np.zeros(44)], np.zeros(48)])
+def test_what_the_square_loses_of_small_singular_values_is_the_root_of_epsilon(spectrum):
+  rng = np.random.default_rng(0)
+  U, V = (np.linalg.qr(rng.standard_normal((n, 48)))[0] for n in (48, 64))
+  w = np.float32((U * spectrum) @ V.T)
+  for rank in (4, 24):
+    A, B = map(np.float64, jax.jit(lora_init.principal, static_argnums=1)(w, rank))
+    assert np.isfinite(A).all() and np.isfinite(B).all()
+    assert np.linalg.norm(w - A @ B) <= np.linalg.norm(spectrum[rank:]) + np.finfo(np.float32).eps ** 0.5 * spectrum[0]
+
+
 def test_loftq_lowers_the_residual_of_nf2_by_a_fifth():
   w = trained()
   plain = lora_init.Grid(NF2)(w)
