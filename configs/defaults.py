@@ -60,6 +60,7 @@ def base():
   config.total_steps = 1000
 
   config.eval = mlc.ConfigDict(dict(batch_size=500, every_steps=200))
+  config.trackers = ()  # Beside TensorBoard: 'wandb', 'mlflow'.
   config.log_every_steps = 10
   config.log_every_seconds = 10
   config.checkpoint_every_steps = 200
@@ -110,6 +111,7 @@ def finetune(pretrained):
   config.total_steps = 100
 
   config.eval = mlc.ConfigDict(dict(length=512, sequences=4, batch_size=1, every_steps=50))
+  config.trackers = ()  # Beside TensorBoard: 'wandb', 'mlflow'.
   config.log_every_steps = 10
   config.log_every_seconds = 10
   config.checkpoint_every_steps = 50

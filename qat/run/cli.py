@@ -17,7 +17,8 @@ from qat.run import errors
 from qat.run import names
 
 # Program -> whether it needs --config; those that do not read the one in the workdir. None: it reads its own flags.
-PROGRAMS = dict(train=True, finetune=None, ptq=True, evaluate=False, report=False, quickstart=True, reproduce=None)
+PROGRAMS = dict(train=True, finetune=None, merge=None, ptq=True, evaluate=False, report=False, quickstart=True,
+                reproduce=None)
 CACHE_FROM_SECONDS = 0.5  # Faster compiles than this are not worth a file.
 
 
@@ -50,8 +51,9 @@ def run(program, *argv):
   compilation_cache()
   if PROGRAMS[program] is None:
     return module.main(argv)
-  if program == 'report' and argv and not argv[0].startswith('-'):  # A page of experiments/, not a workdir.
-    return importlib.import_module('qat.run.pages').main(*argv)
+  if program == 'report' and argv and not argv[0].startswith('-'):  # A page of experiments/, or runs to compare.
+    is_page = len(argv) == 1 and not (pathlib.Path(argv[0]) / 'result.json').is_file()
+    return importlib.import_module('qat.run.pages' if is_page else 'qat.run.comparison').main(*argv)
   module.main(*configs.parse(argv, needs_config=PROGRAMS[program]))
 
 

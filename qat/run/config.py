@@ -20,7 +20,7 @@ from qat.run import names
 COUNTS = ('eval.every_steps', 'eval.batch_size', 'optimizer.accumulate_steps', 'log_every_steps',
           'checkpoint_every_steps', 'keep_checkpoints')
 # What a run may change when it goes on: none of these touches a parameter.
-FREE = ('log_every_steps', 'log_every_seconds', 'checkpoint_every_steps', 'keep_checkpoints')
+FREE = ('log_every_steps', 'log_every_seconds', 'checkpoint_every_steps', 'keep_checkpoints', 'trackers')
 
 
 def parse(argv, needs_config=True):

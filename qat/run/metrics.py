@@ -1,4 +1,4 @@
-"""What a run measures, a line of JSON a time, and the same as TensorBoard events.
+"""What a run measures, a line of JSON a time, and the same as TensorBoard events and in other trackers.
 
 Invariant: metrics.jsonl has each (step, split) once, in order, however often the run was
 killed: going on from step N first drops what is later than N.
@@ -7,24 +7,25 @@ killed: going on from step N first drops what is later than N.
 import json
 import os
 
-import tensorboardX
+from qat.run import trackers
 
 
 class Metrics:
-  """Appends to workdir/metrics.jsonl and to the TensorBoard events beside it."""
+  """Appends to workdir/metrics.jsonl, and tells the trackers."""
 
-  def __init__(self, workdir, step):
-    """`step` is that of the restored checkpoint, 0 for a new run."""
+  def __init__(self, workdir, step, config=None):
+    """`step` is that of the restored checkpoint, 0 for a new run; `config` may name `trackers`."""
     path = workdir / 'metrics.jsonl'
     truncate(path, step)
+    wanted, about = (config.get('trackers', ()), json.loads(config.to_json_best_effort())) if config else ((), {})
+    self.trackers = trackers.opened(wanted, workdir, step, about)
     self.file = open(path, 'ab', buffering=0)  # A line is on its way to the disk as soon as it is written.
-    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
 
   def write(self, step, split, values):
     """One line: {'step': step, 'split': split, **values}."""
     self.file.write((json.dumps(dict(step=step, split=split, **values)) + '\n').encode())
-    for name, value in values.items():
-      self.board.add_scalar(f'{split}/{name}', value, step)
+    for tracker in self.trackers:
+      tracker.write(step, {f'{split}/{name}': value for name, value in values.items()})
 
   def sync(self):
     """Puts every line on the disk: a checkpoint must not be newer than its metrics."""
@@ -35,7 +36,8 @@ class Metrics:
 
   def __exit__(self, *_):
     self.file.close()
-    self.board.close()
+    for tracker in self.trackers:
+      tracker.close()
 
 
 def read(workdir):

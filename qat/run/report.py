@@ -2,6 +2,7 @@
 
     qat report --workdir <dir>
     qat report experiments/<paper>     # the tables of a paper's page instead: qat/run/pages.py
+    qat report <workdir> <workdir> ... # a page that compares runs: qat/run/comparison.py
 
 Learning curves, each layer's bits and size, its SQNR, its weights on their grid, and where it all comes from.
 """

@@ -55,7 +55,7 @@ def main(config, workdir):
   model = run.model(state)
   result = dict(config=configs.plain(config), seed=config.seed, steps=config.total_steps,
                 metrics=run.scorer(model), best_step=checkpoint.best_step(workdir, run.objective.score),
-                **build.facts(run, model), wall_seconds=seconds(),
+                **build.facts(run, model), optimizer_bytes=states.size_bytes(state.opt_state), wall_seconds=seconds(),
                 peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
   provenance.save(workdir / 'result.json', result)
   page = report.write(workdir, result, model)
@@ -80,7 +80,7 @@ class Loop:
     c, step = self.config, int(state.step)
     score = self.run.objective.score
     with (checkpoint.Checkpoints(self.workdir, score, c.keep_checkpoints) as self.checkpoints,
-          metrics.Metrics(self.workdir, step) as self.metrics,
+          metrics.Metrics(self.workdir, step, c) as self.metrics,
           progress.bar(c.total_steps, step, c.log_every_seconds) as self.bar):
       late = None  # The last step, not looked at yet: looking waits for the device.
       while step < c.total_steps and not stopped:
