@@ -4,7 +4,7 @@
 #   make test                           all tests that need no accelerator and no other framework
 #   make test PYTHON=python3.13         the same under another Python
 #   make test-slow, test-peers          what takes long, what needs other frameworks
-#   make bench, bench-peers             training step and compile time, QAT over float
+#   make bench, bench-peers             training step and compile time, QAT over float, QLoRA over LoRA
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -48,6 +48,7 @@ test-peers: $(VENV)/.peers
 
 bench: $(VENV)/.base
 	@$(BIN)/python -m benchmarks.train_step
+	@$(BIN)/python -m benchmarks.finetune_step
 
 bench-peers: $(VENV)/.peers
 	@$(BIN)/python -m benchmarks.train_step --peers

@@ -5,7 +5,7 @@ the first 4 x 512 tokens of the address of 2021. NF4 with double quantization ta
 steps go from 3.296 to 3.045 nats; those of LoRA on the floats, which are on a Q4_1 grid, from 3.103 to 2.959. A step
 takes 6 to 7 s on 2 busy CPU cores, 4 s of computation.
 python -m qat.run.finetune --config configs/smollm2_qlora.py --workdir /tmp/qlora
-`:base=` takes nf4_dq, nf4, fp4_bnb, mxfp4, w8a16, any w<bits>a16_g<group>, or float (LoRA); `:init=` gaussian,
+`:base=` takes nf4_dq, nf4, nf3, nf2, fp4_bnb, mxfp4, w8a16, any w<bits>a16_g<group>, or float; `:init=` gaussian,
 kaiming, loftq, pissa; `:adapter=` lora, rslora, dora, qalora (in the groups of a w<bits>a16_g<group> base), or none,
 which trains all floats; `:lora_plus=16` B's rate over A's.
 """

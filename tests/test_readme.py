@@ -54,6 +54,25 @@ def test_the_smollm2_table_is_that_of_its_results():
     assert row in text, (path, row)
 
 
+def test_the_minilm_table_is_that_of_its_results():
+  text = README.read_text()
+  files = sorted((ROOT / 'docs/results/minilm').glob('*.json'))
+  assert len(files) >= 8
+  for path in files:
+    found = json.loads(path.read_text())['metrics']
+    assert f'| {100 * found["recall_at_1"]:.1f} % | {found["cosine_to_float"]:.3f} |' in text, path
+
+
+def test_the_finetune_table_is_that_of_its_results():
+  text = README.read_text()
+  files = sorted((ROOT / 'docs/results/finetune').glob('smollm2_*.json'))
+  assert len(files) >= 3
+  for path in files:
+    found = json.loads(path.read_text())
+    losses = found['metrics_before']['loss'], found['metrics']['loss']
+    assert '| {:.3f} | {:.3f} | {:.3f} |'.format(found['bits_per_weight'], *losses) in text, path
+
+
 def test_the_benchmark_table_is_that_of_its_result():
   lines = README.read_text().split('## What a step costs')[1].splitlines()
   for row in results('benchmarks/results/train_step.json')['rows']:

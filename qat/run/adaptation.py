@@ -23,6 +23,7 @@ from qat.nn import transform
 from qat.nn import weights
 from qat.run import build
 from qat.run import chat
+from qat.run import classification
 from qat.run import data
 from qat.run import names
 from qat.run import offload
@@ -38,6 +39,7 @@ from qat.run import texts
 RANDOM = lora_init.Random(lora_init.gaussian)
 INITS = dict(gaussian=(RANDOM, RANDOM), kaiming=(lora_init.Random(), lora_init.Random()),
              loftq=(lora_init.LoftQ(), None), pissa=(lora_init.QPiSSA(), lora_init.PiSSA()))
+HEAD = classification.HEAD
 PACKINGS = dict(stream=packing.stream, rows=packing.rows, rows_by_length=packing.rows_by_length)
 
 
@@ -45,10 +47,13 @@ def run(config):
   """The build.Run of a config."""
   memory = offload.memory(config.optimizer.memory)
   network = published.load(config.pretrained, config.dtype)
-  check_model(config, network.model)
-  train, test = sources(config, network)
-  model, facts = adapted(network.model, config), network.facts
-  del network                                                            # Its floats, where codes took their place.
+  if HEAD in config:
+    floats, (train, test) = classification.with_head(network, config), classification.sources(config, network)
+  else:
+    check_model(config, network.model)
+    floats, (train, test) = network.model, sources(config, network)
+  model, facts = adapted(floats, config), network.facts
+  del network, floats                                                    # Where codes took their place.
   skeleton, params, rest = states.take_apart(model, *filters(config))
   tx, rate = optim.optimizer(config, params)
   goal = build.objective(config)
@@ -58,10 +63,11 @@ def run(config):
 
 
 def filters(config):
-  """What trains, and what is fixed: filters of nnx. Without adapters, every Param trains."""
+  """What trains, and what is fixed: filters of nnx. Without adapters, every Param trains; a head trains always."""
   if not config.adapter.rules:
     return nnx.Param, nnx.Nothing()
-  return adapters.LoRAParam, nnx.Any(nnx.Param, weights.Codes)
+  head = [nnx.All(nnx.Param, lambda path, _: path[0] == HEAD)] if HEAD in config else []
+  return nnx.Any(adapters.LoRAParam, *head), nnx.Any(nnx.Param, weights.Codes)
 
 
 def adapted(model, config):

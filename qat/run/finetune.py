@@ -26,6 +26,7 @@ from qat.run import plots
 from qat.run import provenance
 from qat.run import published
 from qat.run import report
+from qat.run import state as states
 from qat.run import stop
 from qat.run import train
 from qat.run import workdirs
@@ -88,10 +89,12 @@ def begin(run, batches, workdir):
 
 
 def scores(run, model):
-  """The held-out loss and its perplexity, before and after."""
+  """The held-out scores before and after, and the perplexity of a language model."""
   before, after = run.about['before'], run.scorer(model)
-  return dict(metrics=after, metrics_before=before, perplexity=math.exp(after['loss']),
-              perplexity_before=math.exp(before['loss']))
+  found = dict(metrics=after, metrics_before=before)
+  if run.config.objective != 'weighted_language':
+    return found
+  return found | dict(perplexity=math.exp(after['loss']), perplexity_before=math.exp(before['loss']))
 
 
 def check_base(run, about, workdir):
@@ -109,7 +112,8 @@ def facts(run, model):
   after = adaptation.fingerprint(adaptation.fixed(model, run.config))
   before = run.about['base_sha256']
   found = dict(base_sha256=before, base_sha256_after=after, base_unchanged=after == before,
-               trained_parameters=sum(x.size for x in run.state.params.values()))
+               trained_parameters=sum(x.size for x in run.state.params.values()),
+               optimizer_bytes=states.size_bytes(run.state.opt_state))
   if run.config.recipe:
     taken = size.measure(model)                                          # Packed: counted from bytes.
     found |= dict(quantized_weights=taken.weights, quantized_bytes=taken.quantized_bytes)
@@ -121,6 +125,7 @@ def save_adapter(model, config, folder):
   """Writes the adapter as Hugging Face's PEFT keeps it, if it is one that PEFT has a place for."""
   reader = published.reader(published.located(config.pretrained))
   family = getattr(reader, 'family', families.FAMILIES['llama'])         # GGUF files are read as llama only.
+  model = model.encoder if adaptation.HEAD in config else model          # The head is in the checkpoint.
   try:
     peft.save(model, folder, family, base=config.pretrained, overwrite=True)
   except ValueError as error:
@@ -139,7 +144,7 @@ def write(workdir, result, model):
   config = result['config']
   rows = report.numbers(result) + [(f'{name}, before', v) for name, v in result['metrics_before'].items()]
   rows += [(name.replace('_', ' '), result[name]) for name in ('perplexity', 'perplexity_before', 'trained_parameters',
-                                                               'base_unchanged', 'base_sha256')]
+                                                               'base_unchanged', 'base_sha256') if name in result]
   sections = {'Result': report.table(('metric', 'value'), rows),
               'Learning curves': plots.curves(metrics.read(workdir)), **report.layers(model),
               'Provenance': report.provenance(result)}

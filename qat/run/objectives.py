@@ -47,6 +47,10 @@ classification = Objective(
     values=_classify,
     score=lambda metrics: metrics['accuracy'])
 
+# Of qat/run/classification.py.
+text_classification = dataclasses.replace(
+    classification, inputs=lambda batch: {name: batch[name] for name in ('tokens', 'attended')})
+
 language = Objective(
     inputs=lambda batch: batch['tokens'][:, :-1],
     values=_next_token,

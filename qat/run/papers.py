@@ -8,9 +8,12 @@
         'w2': dict(row='W2, nearest', program='ptq', config='configs/ptq.py:workdir={float},method=rtn,recipe=w2a16')}
     CLAIMS = [dict(says='...', difference=('w2', 'float'), within=(-1, None))]
 
-`{float}` is the workdir of that run under the same seed. A claim has a `difference` (of a metric) or a `ratio` (of a
-metric's changes from the float network), what it must be within, and may name another `metric` than the first. Runs and
-claims may have a `paper`: what the paper reports. A page.py is data and imports nothing of qat.
+`{float}` is the workdir of that run under the same seed. A run of qat ptq is measured beside its float network; one of
+another program may name the run that it is compared to, as `float='float'`. The metrics of qat finetune before its
+first step are `start_<metric>`, and what an optimizer's state takes is `optimizer_mib`. A claim has a `difference` (of
+a metric) or a `ratio` (of a metric's changes from the float network), what it must be within, and may name another
+`metric` than the first. Runs and claims may have a `paper`: what the paper reports. A page.py is data and imports
+nothing of qat.
 """
 
 import dataclasses
@@ -26,15 +29,16 @@ import sys
 from qat.run import metrics as files
 from qat.run import names
 
-PROGRAMS = ('train', 'ptq')
+PROGRAMS = ('train', 'ptq', 'finetune')
 PAPER_KEYS = dict(name=True, title=True, link=True, setting=True)  # Key -> whether it must be there.
 METRIC_KEYS = dict(name=True, label=True, digits=True, factor=False)
 SCRATCH = 'runs'  # Where commands are printed to work, and what stands in result files for wherever they did.
-RUN_KEYS = dict(row=True, program=True, config=True, set=False, paper=False)
+RUN_KEYS = dict(row=True, program=True, config=True, set=False, paper=False, float=False)
 CLAIM_KEYS = dict(says=True, within=True, difference=False, ratio=False, metric=False, paper=False)
 # What a result file keeps of a run's result.json.
 KEPT = ('config', 'seed', 'about', 'steps', 'metrics', 'bits_per_weight', 'size_bytes', 'quantized_bytes', 'fallbacks',
-        'walk_seconds', 'wall_seconds', 'commit', 'versions', 'device')
+        'trained_parameters', 'optimizer_bytes', 'base_unchanged', 'walk_seconds', 'wall_seconds', 'commit', 'versions',
+        'device')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +131,25 @@ class Page:
     if missing := self.missing():
       raise ValueError(f'{self.folder}: of its {len(self.commands())} runs {len(missing)} have no result of their '
                        f'command, among them {missing[0].name}. Run: qat reproduce {self.folder.name}')
-    return {run: list(self.stored(run).values()) for run in self.runs}
+    found = {run: list(self.stored(run).values()) for run in self.runs}
+    return {run: _beside(results, found.get(self.runs[run].get('float'))) for run, results in found.items()}
+
+
+def _beside(results, floats):
+  """The results of a run, whose metrics have those of the run it is compared to as `float_<metric>`."""
+  if floats is None:
+    return results
+  named = [{f'float_{name}': value for name, value in result['metrics'].items()} for result in floats]
+  return [dict(result, metrics=result['metrics'] | more) for result, more in zip(results, named)]
 
 
 def kept(result, command, scratch):
   """What a result file holds of a result.json: no path of this machine."""
   slim = {key: result[key] for key in KEPT if key in result}
+  more = {f'start_{name}': value for name, value in result.get('metrics_before', {}).items()}
+  if 'optimizer_bytes' in result:
+    more['optimizer_mib'] = result['optimizer_bytes'] / 2**20
+  slim['metrics'] = slim['metrics'] | more
   return json.loads(json.dumps(slim | dict(command=str(command))).replace(str(scratch), SCRATCH))
 
 
@@ -177,7 +194,8 @@ def _check(page):
       raise ValueError(f'{where}: run {run!r} is of program {about["program"]!r}. '
                        f'{names.suggest(about["program"], PROGRAMS)}')
     earlier = list(page.runs)[:list(page.runs).index(run)]
-    if unknown := [name for name in needed(about) if name not in earlier]:
+    beside = [about['float']] if 'float' in about else []
+    if unknown := [name for name in (*needed(about), *beside) if name not in earlier]:
       raise ValueError(f'{where}: run {run!r} reads {unknown}, and the runs before it are {earlier}. Declare a run '
                        'after those that it reads.')
   for i, claim in enumerate(page.claims):

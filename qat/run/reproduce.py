@@ -38,8 +38,8 @@ def fill(page, scratch):
   for i, command in enumerate(missing):
     print(f'{i + 1}/{len(missing)}  {command}', flush=True)
     began = time.monotonic()
-    result = run(command, scratch, root=page.folder.resolve().parents[1])
-    page.store(command, papers.kept(result, command, scratch))
+    result = papers.kept(run(command, scratch, root=page.folder.resolve().parents[1]), command, scratch)
+    page.store(command, result)
     name = page.metric()['name']
     print(f'    {name} {result["metrics"][name]:.6g}, {time.monotonic() - began:.0f} s', flush=True)
 

@@ -80,6 +80,11 @@ def new(params, rest, tx):
   return TrainState(jnp.int32(0), params, rest, tx.init(params), jnp.bool_(True))
 
 
+def size_bytes(tree):
+  """Bytes of the arrays of a tree, such as the state of an optimizer."""
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
 def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
   """The jitted (state, batch) -> (state, metrics).
 

@@ -44,13 +44,16 @@ FINETUNE = ([('smollm2_qlora', f'base={b},smoke') for b in ('nf4_dq', 'nf4', 'fp
             + [('smollm2_qlora', f'{a},smoke') for a in (
                 'init=loftq', 'init=pissa', 'adapter=rslora', 'adapter=dora', 'adapter=qalora,base=w4a16_g32')])
 
+# Of `qat finetune` too: tests/run/test_classification.py builds and runs it.
+CLASSIFY = [('minilm_lora', 'smoke')]
+
 
 def source(file, arg=''):
   return f'{ROOT}/configs/{file}.py:{arg}'
 
 
 def test_every_config_is_here():
-  assert {file for file, *_ in ARGS + PTQ + FINETUNE} == set(FILES)
+  assert {file for file, *_ in ARGS + PTQ + FINETUNE + CLASSIFY} == set(FILES)
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -62,7 +65,8 @@ def test_docstring_says_how_to_run_it(file):
 
 @pytest.mark.parametrize('file', FILES)
 def test_sections_stand_in_the_same_order(file):
-  shared = {**{name: defaults.ptq('', '') for name, *_ in PTQ}, **{name: defaults.finetune('') for name, _ in FINETUNE}}
+  shared = {**{name: defaults.ptq('', '') for name, *_ in PTQ},
+            **{name: defaults.finetune('') for name, _ in FINETUNE + CLASSIFY}}
   base = list(shared.get(file, defaults.base()))
   assert [k for k in configs.build(source(file)) if k in base] == base
 

@@ -104,6 +104,34 @@ def test_tables(filled):
   assert '9 runs, 4 minutes' in text and 'qat reproduce tiny' in text and str(filled.commands()[0]) in text
 
 
+def test_a_run_may_name_the_one_it_is_compared_to(tmp_path):
+  """Runs of qat finetune: their metrics before the first step, and what the optimizer takes, are metrics as well."""
+  source = '''
+PAPER = dict(name='T', title='T', link='https://example.org', setting='L')
+SEEDS = (0, 1, 2)
+METRICS = (dict(name='loss', label='loss', digits=2), dict(name='start_loss', label='before', digits=2),
+           dict(name='optimizer_mib', label='MiB', digits=2))
+RUNS = {'lora': dict(row='LoRA', program='finetune', config='TINY:base=float'),
+        'nf4': dict(row='NF4', program='finetune', config='TINY:base=nf4', float='lora')}
+CLAIMS = [dict(says='it loses little', ratio=('nf4', 'nf4'), metric='start_loss', within=(0, 2))]
+'''.replace('TINY', f'{ROOT}/tests/run/tiny_finetune.py')
+  page = papers.load(folder(tmp_path, source))
+  loss = dict(lora=(2.0, 2.1, 2.2), nf4=(2.25, 2.35, 2.45))
+  for command in page.commands():
+    of = loss[command.run][command.seed]
+    found = dict(seed=command.seed, metrics=dict(loss=of), metrics_before=dict(loss=2 * of), optimizer_bytes=3 * 2**20,
+                 bits_per_weight=4.0, wall_seconds=1.0, device=dict(kind='cpu', count=1))
+    page.store(command, papers.kept(found, command, '/somewhere'))
+  assert page.results()['nf4'][1]['metrics'] == dict(
+      loss=2.35, start_loss=4.7, optimizer_mib=3.0, float_loss=2.1, float_start_loss=4.2, float_optimizer_mib=3.0)
+  text = pages.body(page)
+  assert '| NF4 | 4.00 | 2.35 ± 0.10 | +0.25 ± 0.00 | 4.70 ± 0.20 | +0.50 ± 0.00 | 3.00 ± 0.00 |' in text
+  assert '| LoRA | 4.00 | 2.10 ± 0.10 |  | 4.20 ± 0.20 |  | 3.00' in text
+  (page.folder / 'page.py').write_text(source.replace("float='lora'", "float='lara'"))
+  with pytest.raises(ValueError, match="reads .'lara'"):
+    papers.load(page.folder)
+
+
 def test_the_index_has_a_line_a_claim(filled):
   lines = pages.index(filled.folder.parent).splitlines()
   assert lines[2].startswith('| [Tiny](tiny/README.md) | 4 bits beat 1 |') and lines[3].startswith('|  | 1 bit')
