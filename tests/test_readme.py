@@ -73,6 +73,18 @@ def test_the_finetune_table_is_that_of_its_results():
     assert '| {:.3f} | {:.3f} | {:.3f} |'.format(found['bits_per_weight'], *losses) in text, path
 
 
+def test_the_tables_of_loftq_and_of_merges_are_those_of_their_results():
+  text, folder = README.read_text(), 'docs/results/finetune'
+  for bits in (4, 3, 2):
+    found = [results(f'{folder}/start_{start}_nf{bits}.json') for start in ('rounded', 'loftq')]
+    losses = [each['metrics']['start_loss'] for each in (*found, results(f'{folder}/start_float.json'))]
+    assert f'| NF{bits}, blocks of 64 | ' + ' | '.join(f'{x:.3f}' for x in losses) + ' |' in text, bits
+  for bits in (4, 2):
+    nearest, gptq = (results(f'{folder}/merge_w{bits}a16_g64_{method}.json') for method in ('rtn', 'gptq'))
+    numbers = [each['perplexity'] for each in (nearest['metrics_before'], nearest['metrics'], gptq['metrics'])]
+    assert f'| {bits}-bit integers in groups of 64 | ' + ' | '.join(f'{x:,.2f}' for x in numbers) + ' |' in text, bits
+
+
 def test_the_benchmark_table_is_that_of_its_result():
   lines = README.read_text().split('## What a step costs')[1].splitlines()
   for row in results('benchmarks/results/train_step.json')['rows']:

@@ -46,10 +46,7 @@ def adapted_type(cls):
 
   if flax is nnx.Embed and by_product:
     Layer.attend = _attend
-  if issubclass(cls, nnx.Dict):  # Its keys are its attributes.
-    Layer.__iter__ = lambda self: (key for key in cls.__iter__(self) if key != 'adapters')
-  if issubclass(cls, nnx.List):  # Its keys are whole numbers, which do not sort among names.
-    Layer._pytree__has_int_keys = False
+  quantized.hide(Layer, cls, 'adapters')
   Layer.__name__ = Layer.__qualname__ = f'Adapted{cls.__name__}'
   Layer.base_class = cls
   return Layer

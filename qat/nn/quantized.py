@@ -160,13 +160,18 @@ def quantized_type(cls):
 
   if issubclass(cls, nnx.Embed):
     Layer.attend = lambda self, *args, **kwargs: attend(self, cls.attend, *args, **kwargs)
-  if issubclass(cls, nnx.Dict):  # Its keys are its attributes.
-    Layer.__iter__ = lambda self: (key for key in cls.__iter__(self) if key != 'quantizers')
-  if issubclass(cls, nnx.List):  # Its keys are whole numbers, which do not sort among names.
-    Layer._pytree__has_int_keys = False
+  hide(Layer, cls, 'quantizers')
   Layer.__name__ = Layer.__qualname__ = f'Quantized{cls.__name__}'
   Layer.float_class = cls
   return Layer
+
+
+def hide(layer, cls, name):
+  """Keeps an attribute that a subclass of `cls` adds from being an item, where `cls` is a container of modules."""
+  if issubclass(cls, nnx.Dict):  # Its keys are its attributes.
+    layer.__iter__ = lambda self: (key for key in cls.__iter__(self) if key != name)
+  if issubclass(cls, nnx.List):  # Its keys are whole numbers, which do not sort among names.
+    layer._pytree__has_int_keys = False
 
 
 def of(module):
