@@ -64,6 +64,9 @@ def main(argv):
     raise ValueError(f'--method {args.method} --into {args.into}: only the grid is reached by a method. '
                      'Leave one of the two out.')
   run, model = trained(args.workdir)
+  if args.into != 'float' and not _has_codes(model):
+    raise ValueError(f'--into {args.into}: the adapters of --workdir {str(args.workdir)!r} are beside floats, '
+                     'which are on no grid. Use --into float.')
   for name in args.method if args.into == 'grid' else [args.into]:
     began = time.monotonic()
     merged = to_grid(run, model, name, args.sequences) if args.into == 'grid' else WAYS[args.into](model)

@@ -26,9 +26,13 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tiny')
   tiny_finetune.network(folder / 'net')
   (folder / 'text.txt').write_text(TEXT * 20)
-  config = f'{ROOT}/tests/run/tiny_finetune.py:folder={folder}/net,train={folder}/text.txt,base=w3a16_g32,steps=20'
-  assert cli.main(['finetune', f'--config={config}', f'--workdir={folder}/run']) == 0
+  assert cli.main(['finetune', config(folder, 'w3a16_g32', 20), f'--workdir={folder}/run']) == 0
   return folder
+
+
+def config(folder, base, steps=6):
+  return (f'--config={ROOT}/tests/run/tiny_finetune.py:folder={folder}/net,train={folder}/text.txt,base={base},'
+          f'steps={steps}')
 
 
 def result(folder, name):
@@ -61,6 +65,22 @@ def test_a_solver_loses_less_than_rounding_to_nearest(folder):
   assert not [name for name in arrays if 'adapters' in name]
 
 
+def test_into_zeros_nothing_is_lost_and_the_codes_stay(folder, tmp_path):
+  argv = [config(folder, 'w3a16_g32'), f'--workdir={tmp_path}']
+  assert cli.main(['finetune', *argv, '--config.adapter.group=32', '--config.adapter.rank=2']) == 0
+  assert cli.main(['merge', *argv[1:], '--into=zeros']) == 0
+  found = json.loads((tmp_path / 'merged' / 'zeros' / 'result.json').read_text())
+  assert found['metrics']['mean_kl'] < 1e-6 and found['bits_per_weight'] < 6
+  assert found['metrics']['loss'] == pytest.approx(found['metrics_before']['loss'], abs=1e-5)
+
+
+def test_adapters_on_floats_are_on_no_grid(folder, tmp_path, capfd):
+  argv = [config(folder, 'float'), f'--workdir={tmp_path}']
+  assert cli.main(['finetune', *argv]) == 0
+  assert cli.main(['merge', *argv[1:], '--into=grid']) == 2
+  assert 'beside floats' in capfd.readouterr().err
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--into=float', '--method', 'rtn'], 'only the grid is reached by a method'),
     (['--into=grid', '--method', 'gptqq'], "there is none of that name. Did you mean 'gptq'"),
@@ -73,8 +93,8 @@ def test_what_cannot_be_merged_is_refused_in_one_line(folder, argv, message, cap
 
 
 def test_a_folder_without_adapters_is_refused(folder, tmp_path, capfd):
-  config = json.loads((folder / 'run' / 'config.json').read_text())
-  config['adapter']['rules'] = []
-  (tmp_path / 'config.json').write_text(json.dumps(config))
+  about = json.loads((folder / 'run' / 'config.json').read_text())
+  about['adapter']['rules'] = []
+  (tmp_path / 'config.json').write_text(json.dumps(about))
   assert cli.main(['merge', f'--workdir={tmp_path}']) == 2
   assert 'nothing to merge' in capfd.readouterr().err
