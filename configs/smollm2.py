@@ -2,7 +2,7 @@ r"""SmolLM2-135M put on a grid without training: rounding to nearest, GPTQ, AWQ,
 
 Perplexity on the first 4 x 512 tokens of the State of the Union of 2021, 16 x 512 of earlier ones for calibration. The
 published file's weights are on a Q4_1 grid already: that is the "float" base, 22.27. GPTQ at 3 bits in groups of 64
-gives 28.79, and 29.59 with --config.method.sequential=True. See docs/results/smollm2/.
+gives 28.79 (29.59 with --config.method.sequential=True), AdaRound from QuantEase 26.86. See docs/results/smollm2/.
 python -m qat.run.ptq --config configs/smollm2.py:method=gptq,bits=4,block=64 --workdir /tmp/smollm2
 `:method=` takes rtn, gptq, quantease, awq, hqq, adaround, autoround, ...; `:inputs=` the bits of the layers' inputs, 16
 for floats; `:transform=` one of qat/run/transforms.py. `:asym` gives unsigned weights a zero in float32 for each scale,
