@@ -90,3 +90,9 @@ def test_the_benchmark_table_is_that_of_its_result():
   for row in results('benchmarks/results/train_step.json')['rows']:
     line = next(l for l in lines if l.startswith(row['recipe'] + ' '))
     assert f'{row["step_ratio"]:.3f}' in line and f'{row["compile_ratio"]:.2f}' in line, line
+
+
+def test_the_finetuning_step_is_that_of_its_result():
+  text = README.read_text()
+  for row in results('benchmarks/results/finetune_step.json')['rows'][1:]:
+    assert f'{row["step_ratio"]:.3f} for `{row["base"]}`' in text, row
