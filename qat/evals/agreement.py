@@ -148,12 +148,11 @@ def on_text(reference_fn, logits_fn, tokens, protocol):
   """
   parts, predicted = [], []
   for i, (inputs, positions, targets) in enumerate(protocol.sequences(tokens)):
-    both = [ppls.logits_of(f, inputs) for f in (reference_fn, logits_fn)]
-    pairs = [divergence(*pair) for pair in zip(*(ppls.rows(a, positions) for a in both))]
-    losses = (ppls.losses_of(a, positions, targets, i) for a in both)
-    parts.append((*_checked([np.concatenate(column) for column in zip(*pairs)], f' of window {i}'), *losses))
+    reference, logits = (ppls.logits_of(f, inputs, positions) for f in (reference_fn, logits_fn))
+    losses = (ppls.losses_of(a, targets, i) for a in (reference, logits))
+    parts.append((*_checked(divergence(reference, logits), f' of window {i}'), *losses))
     predicted.append(targets)
-    del both, losses  # Before those of the next window are made.
+    del reference, logits, losses  # Before those of the next window are made.
   kl, same, *losses = (np.concatenate(column) for column in zip(*parts))
   count = ppls.units(predicted, protocol)
   return TextAgreement(kl, same, *(ppls.Perplexity(a, count, protocol) for a in losses))

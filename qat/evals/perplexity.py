@@ -153,8 +153,7 @@ class Perplexity:
     return f'perplexity {self.ppl:.4g} +- {self.error:.2g} {self.protocol}'
 
 
-# Rows of logits that are copied at a time, and whose softmax is in memory: vocabularies are large.
-COPIED, ROWS = 128, 32
+ROWS = 32  # whose softmax is in memory at a time: vocabularies are large.
 
 
 @jax.jit
@@ -172,19 +171,13 @@ def nll(logits, targets):
   return jax.lax.map(row, (logits, targets), batch_size=ROWS)
 
 
-def logits_of(logits_fn, inputs):
-  """logits_fn's float[1, t, v] of one sequence i32[1, t]."""
+def logits_of(logits_fn, inputs, positions):
+  """logits_fn's f32[k, v] at `positions` of one sequence i32[1, t]."""
   logits = logits_fn(inputs)
   if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
     raise ValueError(f'logits_fn returned shape {logits.shape} for tokens of shape {inputs.shape}: it is to return '
                      '[sequences, tokens, vocabulary]. Check what the model returns.')
-  return logits
-
-
-def rows(logits, positions):
-  """Yields float[k, v] after float[k, v] of logits [1, t, v], which together are those at `positions`."""
-  for start in range(positions.start, positions.stop, COPIED):
-    yield logits[0, start:min(start + COPIED, positions.stop)]
+  return logits[0, positions]
 
 
 def perplexity(logits_fn, tokens, protocol):
@@ -202,16 +195,14 @@ def perplexity(logits_fn, tokens, protocol):
   """
   losses, predicted = [], []
   for i, (inputs, positions, targets) in enumerate(protocol.sequences(tokens)):
-    losses.append(losses_of(logits_of(logits_fn, inputs), positions, targets, i))
+    losses.append(losses_of(logits_of(logits_fn, inputs, positions), targets, i))
     predicted.append(targets)
   return Perplexity(np.concatenate(losses), units(predicted, protocol), protocol)
 
 
-def losses_of(logits, positions, targets, window):
-  """f64[k] of float[1, t, v] at `positions`, and i32[k]; raises at a NaN, naming the window by its number."""
-  starts = range(0, len(targets), COPIED)
-  losses = np.concatenate([nll(part, jnp.asarray(targets[start:start + COPIED]))
-                           for start, part in zip(starts, rows(logits, positions))]).astype(np.float64)
+def losses_of(logits, targets, window):
+  """f64[k] of float[k, v] and i32[k]; raises at a NaN, naming the window by its number."""
+  losses = np.asarray(nll(logits, jnp.asarray(targets)), np.float64)
   if np.isnan(losses).any():
     raise ValueError(f'The loss of window {window} is NaN from predicted token {int(np.isnan(losses).argmax())} on: a '
                      'logit is NaN, or a token is beyond the vocabulary. Check the model and the tokenizer.')

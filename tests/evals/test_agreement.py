@@ -62,8 +62,7 @@ def test_classes_that_cannot_occur():
   assert some.max_kl == some.mean_kl.value == np.inf and np.isnan(some.mean_kl.error) and some.median_kl.value == 0
 
 
-def test_two_models_on_one_text(monkeypatch):
-  monkeypatch.setattr(ppls, 'COPIED', 5)  # Rows at a time, of 8 and 16: the last of a window are fewer.
+def test_two_models_on_one_text():
   tables = jax.random.normal(jax.random.key(2), (7, 7)) * 2
   noisy = tables + jax.random.normal(jax.random.key(3), (7, 7)) * 0.1
   reference_fn, logits_fn = (jax.jit(lambda tokens, table=table: table[tokens]) for table in (tables, noisy))
