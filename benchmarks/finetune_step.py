@@ -18,6 +18,7 @@ import jax
 import rich.console
 import rich.table
 
+from benchmarks import train_step
 from qat.run import adaptation
 from qat.run import cli
 from qat.run import config as configs
@@ -36,24 +37,13 @@ class Trainer:
     self.step = states.train_step(run.skeleton, run.objective, run.tx)
     self.state, self.batch = run.state, next(adaptation.batches(run))
 
-  def seconds(self):
-    """Of one step."""
+  def seconds(self, steps):
+    """Of one step, over `steps`."""
     start = time.perf_counter()
-    self.state, values = self.step(self.state, self.batch)
+    for _ in range(steps):
+      self.state, values = self.step(self.state, self.batch)
     jax.block_until_ready((self.state, values))
-    return time.perf_counter() - start
-
-
-def measure(trainers, rounds):
-  """base -> seconds a step in each round; the order turns around every round."""
-  times = {base: [] for base in trainers}
-  for _ in range(2):  # Compiles, and touches all memory.
-    for t in trainers.values():
-      t.seconds()
-  for i in range(rounds):
-    for base in list(trainers)[::1 if i % 2 else -1]:
-      times[base].append(trainers[base].seconds())
-  return times
+    return (time.perf_counter() - start) / steps
 
 
 def rows(times):
@@ -85,7 +75,8 @@ def main():
   for base in dict.fromkeys((FLOAT, *args.bases)):
     trainers[base] = Trainer(base, ',smoke' if args.smoke else '')
     gc.collect()
-  times = measure(trainers, args.rounds)
+    trainers[base].seconds(1)  # Compiles; `measure` runs one more before it begins.
+  times = train_step.measure(trainers, args.rounds, steps=1)
   found, shape = rows(times), trainers[FLOAT].batch['tokens'].shape
   rich.console.Console().print(table(found, f'{shape[0]} x {shape[1]} tokens'))
   args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,19 @@ def sweep(folder, *argv, **env):
   return process.returncode, out, err
 
 
+def killed_and_started_again(folder, count, *argv):
+  """Ends a sweep by SIGKILL when `count` of its runs have ended; (how many had, *sweep(...)) of the same command."""
+  process = start(folder, *argv)
+  until(lambda: len(results(folder / 's')) >= count)
+  process.kill()
+  process.communicate()
+  before = len(results(folder / 's'))
+  ended = sweep(folder, *argv)
+  assert ended[0] == 0, ended[2]
+  check_ended_once(folder / 's', 12)
+  return before, *ended
+
+
 def until(condition):
   """Waits for a condition."""
   deadline = time.monotonic() + SECONDS

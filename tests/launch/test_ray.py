@@ -48,13 +48,7 @@ def test_a_sweep_of_twelve_that_is_killed_half_way(tmp_path):
   pytest.importorskip('ray')
   argv = ('--set', ':bits=2,3,4', '--set', 'seed=0..3', '--set', 'step_seconds=0.1', '--workers', '2', '--launcher',
           'ray')
-  process = sweeps.start(tmp_path, *argv)
-  sweeps.until(lambda: len(sweeps.results(tmp_path / 's')) >= 4)
-  process.kill()
-  process.communicate()
-  code, _, err = sweeps.sweep(tmp_path, *argv)
-  assert code == 0, err
-  sweeps.check_ended_once(tmp_path / 's', 12)
+  sweeps.killed_and_started_again(tmp_path, 4, *argv)
 
 
 def test_a_cluster_that_does_not_answer(tmp_path):

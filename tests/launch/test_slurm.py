@@ -53,13 +53,7 @@ def test_a_warning_before_the_node_goes_saves_and_queues_again(tmp_path):
 def test_a_sweep_of_twelve_that_is_killed_half_way(tmp_path):
   argv = ('--set', ':bits=2,3,4', '--set', 'seed=0..3', '--set', 'step_seconds=0.02', '--workers', '4', '--launcher',
           'slurm', '--option', 'cluster=local')
-  process = sweeps.start(tmp_path, *argv)
-  sweeps.until(lambda: len(sweeps.results(tmp_path / 's')) >= 4)
-  process.kill()
-  process.communicate()
-  code, _, err = sweeps.sweep(tmp_path, *argv)
-  assert code == 0, err
-  sweeps.check_ended_once(tmp_path / 's', 12)
+  sweeps.killed_and_started_again(tmp_path, 4, *argv)
 
 
 def flags(script):

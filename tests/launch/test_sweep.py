@@ -1,6 +1,5 @@
 """Whole sweeps as processes: of a program that behaves as qat train does, and takes no time."""
 
-import html.parser
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 
 from launch import sweep
 from tests.launch import sweeps
+from tests.run import test_report
 
 TWELVE = ('--set', ':bits=2,3,4', '--set', 'seed=0..3', '--workers', '2')
 
@@ -17,15 +17,8 @@ TWELVE = ('--set', ':bits=2,3,4', '--set', 'seed=0..3', '--workers', '2')
 def test_killed_half_way_and_started_again(tmp_path):
   """SIGKILL: nothing can be handed over. 12 finish, none twice, none beside another."""
   slow = ('--set', 'step_seconds=0.05')
-  process = sweeps.start(tmp_path, *TWELVE, *slow)
-  sweeps.until(lambda: len(sweeps.results(tmp_path / 's')) >= 5)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  before = len(sweeps.results(tmp_path / 's'))
+  before, _, out, _ = sweeps.killed_and_started_again(tmp_path, 5, *TWELVE, *slow)
   assert 5 <= before <= 8
-  code, out, err = sweeps.sweep(tmp_path, *TWELVE, *slow)
-  assert code == 0, err
-  sweeps.check_ended_once(tmp_path / 's', 12)
   assert f'12 runs, {before} of them finished before' in out or f'12 runs, {before + 1} of them' in out
   assert '12/12 finished' in out
   rows = sweeps.rows(tmp_path / 's')
@@ -131,26 +124,10 @@ def test_an_engine_that_is_not_installed_says_so(tmp_path):
   assert ended.returncode == 2 and "needs the program 'sky', which is not installed" in ended.stderr
 
 
-class Page(html.parser.HTMLParser):
-  """Headings, text and pictures of a page."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.links, self.text, self.tags = [], [], []
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.links += [value for name, value in attrs if name in ('src', 'href')]
-
-  def handle_data(self, data):
-    self.text.append(data)
-
-
 def test_the_page_stands_alone_and_shows_every_run(tmp_path):
   assert sweeps.sweep(tmp_path, *TWELVE)[0] == 0
   text = (tmp_path / 's' / 'sweep.html').read_text()
-  page = Page(text)
+  page = test_report.Page(text)
   assert page.tags.count('img') == 3 and all(link.startswith('data:image/png;base64,') for link in page.links)
   assert 'http' not in text and not {'script', 'link', 'iframe'} & set(page.tags)
   said = ' '.join(page.text)

@@ -27,7 +27,6 @@ from qat.run import state as states
 from tests.run import tiny_finetune
 
 ROOT = pathlib.Path(__file__).parents[2]
-TEXT = 'It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. '
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +34,7 @@ def there(tmp_path_factory):
   """A folder with a network and texts."""
   folder = tmp_path_factory.mktemp('tiny')
   tiny_finetune.network(folder / 'net')
-  (folder / 'text.txt').write_text(TEXT * 20)
+  (folder / 'text.txt').write_text(tiny_finetune.TEXT * 20)
   lines = [dict(messages=[dict(role='user', content=f'{i}?'), dict(role='assistant', content='yes' * (1 + i % 5))])
            for i in range(24)]
   (folder / 'chats.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))

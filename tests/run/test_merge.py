@@ -17,7 +17,6 @@ from qat.run import published
 from tests.run import tiny_finetune
 
 ROOT = pathlib.Path(__file__).parents[2]
-TEXT = 'It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. '
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +24,7 @@ def folder(tmp_path_factory):
   """A folder with a network, texts, and what `qat finetune` made of them on groups of 32 at 3 bits."""
   folder = tmp_path_factory.mktemp('tiny')
   tiny_finetune.network(folder / 'net')
-  (folder / 'text.txt').write_text(TEXT * 20)
+  (folder / 'text.txt').write_text(tiny_finetune.TEXT * 20)
   assert cli.main(['finetune', config(folder, 'w3a16_g32', 20), f'--workdir={folder}/run']) == 0
   return folder
 

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from configs import defaults
 from tests.models.pretrained import hf
 
+TEXT = 'It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. '
 WIDTH, FFN, CONTEXT = 64, 128, 128
 TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
             "{% endfor %}"
