@@ -4,16 +4,18 @@
 #   make test                           all tests that need no accelerator and no other framework
 #   make test PYTHON=python3.13         the same under another Python
 #   make test-slow, test-peers          what takes long, what needs other frameworks
+#   make test-aot                       kernels compiled for GPUs and TPUs that are not there, in environments of its own
 #   make bench, bench-peers             training step and compile time, QAT over float, QLoRA over LoRA
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
+AOT_GPU_PYTHON ?= python3.12
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: env quickstart test test-slow test-peers bench bench-peers lint clean
+.PHONY: env quickstart test test-slow test-peers test-aot test-aot-tpu test-aot-gpu bench bench-peers lint clean
 
 env: $(VENV)/.dev
 
@@ -38,7 +40,7 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.dev
 	@$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers and not aot'
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -46,9 +48,30 @@ test-slow: $(VENV)/.dev
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers
 
+# libtpu, and CUDA's compiler, for devices that are not there. Budgets hold for these versions.
+.venv-aot-tpu/.ready: tests/aot/tpu.txt pyproject.toml
+	@$(PYTHON) -m venv .venv-aot-tpu
+	@.venv-aot-tpu/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r $< --editable .
+	@touch $@
+
+.venv-aot-gpu/.ready: tests/aot/gpu.txt pyproject.toml
+	@$(AOT_GPU_PYTHON) -c 'import sys; assert sys.version_info >= (3, 12)' || (echo "The GPU part needs Python 3.12 or newer. Run: make test-aot AOT_GPU_PYTHON=<python3.12>"; exit 1)
+	@$(AOT_GPU_PYTHON) -m venv .venv-aot-gpu
+	@.venv-aot-gpu/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r $< --editable .
+	@touch $@
+
+test-aot: test-aot-tpu test-aot-gpu
+
+test-aot-tpu: .venv-aot-tpu/.ready
+	.venv-aot-tpu/bin/python -m pytest -m aot tests/aot/test_tpu.py
+
+test-aot-gpu: .venv-aot-gpu/.ready
+	.venv-aot-gpu/bin/python -m pytest -m aot tests/aot/test_gpu.py
+
 bench: $(VENV)/.base
 	@$(BIN)/python -m benchmarks.train_step
 	@$(BIN)/python -m benchmarks.finetune_step
+	@$(BIN)/python -m benchmarks.cpu_matmul
 
 bench-peers: $(VENV)/.peers
 	@$(BIN)/python -m benchmarks.train_step --peers

@@ -37,6 +37,13 @@ def _as(kind, name, value):
         f'Config argument {name}={value!r} is no {kind.__name__}. Write {name}=<{kind.__name__}>.') from error
 
 
+def mesh(config):
+  """Adds the leaves of many devices: all at 1 and empty are one device, and the rules that docs/meshes.md shows."""
+  config.mesh = mlc.ConfigDict(dict(data=1, fsdp=1, sequence=1, model=1))  # Their product: how many devices there are.
+  config.sharding = ()             # (regex over paths of parameters, axes of the mesh), first match wins.
+  config.activation_sharding = ()  # (regex over paths of modules, likewise), of what they return.
+
+
 def base():
   """The leaves that all configs share, in the order of their sections."""
   config = mlc.ConfigDict()
@@ -65,6 +72,7 @@ def base():
   config.log_every_seconds = 10
   config.checkpoint_every_steps = 200
   config.keep_checkpoints = 2
+  mesh(config)
   return config
 
 
@@ -84,6 +92,7 @@ def ptq(task, pretrained):
   config.method = mlc.ConfigDict()
   config.eval = mlc.ConfigDict()
   config.log_every_seconds = 10
+  mesh(config)
   return config
 
 
@@ -116,6 +125,7 @@ def finetune(pretrained):
   config.log_every_seconds = 10
   config.checkpoint_every_steps = 50
   config.keep_checkpoints = 2
+  mesh(config)
   return config
 
 

@@ -15,6 +15,8 @@ LOG = 'log.txt'
 STOPPED_BY = tuple(code for s in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP)
                    for code in (-s, 128 + s))
 
+LOST = int(signal.SIGABRT)  # Of one of qat's processes on many machines when another is gone (qat/run/hosts.py).
+
 
 class Status(enum.Enum):
   """Where a job is."""
@@ -107,7 +109,8 @@ def judge(job, code):
   """
   if code == 0:
     return Status.FINISHED if job.done() or not job.result else Status.STOPPED
-  return Status.STOPPED if code in STOPPED_BY else Status.FAILED
+  lost = bool(job.result) and code == LOST
+  return Status.STOPPED if code in STOPPED_BY or lost else Status.FAILED
 
 
 def jobs(commands, folder='runs/launched'):

@@ -21,6 +21,7 @@ import socket
 import sys
 
 LOCK = 'run.lock'
+TASK = 'LAUNCH_TASK'  # The number of a process of one job on many machines: each has a lock of its own.
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NOT_FOUND = 127       # What shells say of a command that is not there.
 
@@ -30,7 +31,8 @@ def main(workdir, result, parent, *command):
   die_with(int(parent))
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  lock = hold(workdir / LOCK)
+  task = os.environ.get(TASK, '0')
+  lock = hold(workdir / (LOCK if task == '0' else f'run.{task}.lock'))
   if result and (workdir / result).is_file():
     say(f'{workdir / result} is there: nothing to do.')
     return 0

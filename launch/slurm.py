@@ -2,6 +2,10 @@
 
     python -m launch.slurm --workers 8 --gpus 1 --hours 4 --option partition=gpu [--dry_run] 'qat train ...'
 
+    python -m launch.slurm --gpus 8 --option nodes=2 --option ntasks_per_node=8 'qat train ... --config.mesh.fsdp=16'
+
+The second is one job of 16 processes, a GPU each: `qat train` and `qat finetune` find each other through SLURM.
+
 Start it in a folder that the cluster shares. `--option cluster=local` runs the same on this machine, with no SLURM.
 Each job is one sbatch job; SLURM's warning before it takes the node reaches the command as SIGTERM, upon which qat
 saves, and the job is queued again. Jobs outlive the launcher: started again, it finds those that it left in the queue.
@@ -17,6 +21,7 @@ import sys
 import time
 
 from launch import cli
+from launch import job as values
 from launch import local
 from launch import pool
 
@@ -47,14 +52,16 @@ def submitit():
 class Task:
   """What a node runs: a command, whose exit code it returns. None among its words is the node's process id."""
 
-  def __init__(self, argv, log, cwd):
-    self.argv, self.log, self.cwd = argv, log, cwd
+  def __init__(self, argv, log, cwd, together=False):
+    """`together`: whether it is one of several processes of one job."""
+    self.argv, self.log, self.cwd, self.together = argv, log, cwd, together
     self.process = None
 
   def __call__(self):
     argv = [str(os.getpid()) if word is None else word for word in self.argv]
+    env = dict(os.environ, LAUNCH_TASK=os.environ.get('SLURM_PROCID', '0')) if self.together else None
     with open(self.log, 'ab') as log:
-      self.process = subprocess.Popen(argv, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+      self.process = subprocess.Popen(argv, cwd=self.cwd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
       self.await_end()
     except BaseException:  # Interrupted: the command saves first.
@@ -76,7 +83,7 @@ class Task:
     """submitit calls this when the node is taken away, and queues what it returns."""
     self.leave()
     from submitit import helpers  # Here: on the node there is no module around this class.
-    return helpers.DelayedSubmission(Task(self.argv, self.log, self.cwd))
+    return helpers.DelayedSubmission(Task(self.argv, self.log, self.cwd, self.together))
 
 
 class Slurm(pool.Engine):
@@ -102,7 +109,7 @@ class Slurm(pool.Engine):
     try:
       executor = submitit().AutoExecutor(folder=folder, cluster=self.cluster, slurm_max_num_timeout=TIMEOUTS)
       executor.update_parameters(**self.parameters(job))
-      task = Task(local.wrapped(job, parent=None), os.path.abspath(job.log), os.getcwd())
+      task = Task(local.wrapped(job, parent=None), os.path.abspath(job.log), os.getcwd(), self.count > 1)
       submitted = executor.submit(task)
     except (RuntimeError, submitit().core.utils.FailedJobError, subprocess.SubprocessError) as error:
       raise OSError(f'SLURM took no job: {error} Start this on a machine of the cluster (which has sbatch and srun), '
@@ -118,8 +125,14 @@ class Slurm(pool.Engine):
     path = self.folder(job) / 'id'
     if self.cluster != CLUSTER or not path.is_file():
       return None
-    left = submitit().SlurmJob(folder=self.folder(job), job_id=path.read_text().strip())
-    return left if queued(left.job_id) and not left.paths.result_pickle.exists() else None
+    left = submitit().SlurmJob(folder=self.folder(job), job_id=path.read_text().strip(), tasks=list(range(self.count)))
+    return left if queued(left.job_id) and not done(left) else None
+
+  @property
+  def count(self):
+    """The processes of a job."""
+    together = self.cluster == CLUSTER
+    return int(self.options.get('nodes', 1)) * int(self.options.get('ntasks_per_node', 1)) if together else 1
 
   def parameters(self, job):
     """What submitit's executor is told."""
@@ -136,10 +149,12 @@ class Slurm(pool.Engine):
   def code(self, handle):
     if self.alive(handle):
       return None
-    if not handle.paths.result_pickle.exists():
+    if not done(handle):
       return -signal.SIGTERM  # It went without a word: cancelled, or its node died.
     try:
-      return handle.result()
+      codes = [one.result() for one in processes(handle)]
+      # Where one process fails, the others are lost: its code says more than theirs.
+      return next((code for code in sorted(codes, key=lambda code: code == values.LOST) if code), 0)
     except submitit().core.utils.UncompletedJobError:
       return -signal.SIGTERM
     except Exception as error:  # What was raised in the node's Python, in kinds of submitit's own.
@@ -150,7 +165,7 @@ class Slurm(pool.Engine):
     """Whether a job waits or runs; asked of SLURM now and then only."""
     if self.cluster != CLUSTER:
       return not handle.done()
-    if handle.paths.result_pickle.exists():
+    if done(handle):
       return False
     now = time.monotonic()
     if now < self.ask_at.setdefault(handle.job_id, now + QUEUE_SECONDS):
@@ -176,6 +191,16 @@ class Slurm(pool.Engine):
     run = f'{sys.executable} -u -m submitit.core._submit {self.folder(job)}'
     text = submitit().slurm.slurm._make_sbatch_string(command=run, folder=self.folder(job), **told)
     return f'{text}\n# which runs: {job}\n# and writes: {job.log}\n'
+
+
+def processes(handle):
+  """A Job of submitit for each process of one."""
+  return [handle.task(i) for i in range(handle.num_tasks)]
+
+
+def done(handle):
+  """Whether every process of a job has left what it returned."""
+  return all(one.paths.result_pickle.exists() for one in processes(handle))
 
 
 def queued(job_id):

@@ -4,8 +4,9 @@
 https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh
 
 Each worker of the launcher is one slice, so there are as many workers as pods. The hosts find each other through JAX's
-own runtime. Workdirs must be on what they share (a Filestore or bucket mounted at the same path). On each host the
-command waits for the one before it to leave the chips.
+own runtime, which QAT_COORDINATOR=auto tells `qat train` and `qat finetune` to ask. Workdirs must be on what they share
+(a Filestore or bucket mounted at the same path). On each host the command waits for the one before it to leave the
+chips.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from launch import pool
 
 OPTIONS = ('pods', 'zone', 'project', 'folder')
 FOLDER = '~/qat'                  # Where the repository is on each host.
+TOGETHER = 'QAT_COORDINATOR=auto'  # JAX asks Cloud TPU for the other hosts.
 HOST_LOCK = '/tmp/launch.lock'    # One process at a time has the chips of a host.
 
 
@@ -30,7 +32,7 @@ def launch(commands, resources, dry_run=False):
 def ssh(job, pod, options):
   """gcloud's words that run a job on all hosts of a pod."""
   folder = options.get('folder', FOLDER)
-  remote = f'cd {folder} && . .venv/bin/activate && exec flock {HOST_LOCK} {job}'
+  remote = f'cd {folder} && . .venv/bin/activate && exec env {TOGETHER} flock {HOST_LOCK} {job}'
   where = [f'--{name}={options[name]}' for name in ('zone', 'project') if name in options]
   return ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', pod, *where, '--worker=all', f'--command={remote}']
 

@@ -8,5 +8,6 @@ from qat.nn.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat.nn.calibrate import calibrate
 from qat.nn.explain import explain
 from qat.nn.lora import LoRA, lora
+from qat.nn.prepare import prepare
 from qat.nn.rules import Rule
 from qat.nn.transform import freeze, quantize

@@ -32,8 +32,8 @@ def matmul(x: qarray.QArray, w: qarray.QArray) -> Float[Array, '...']:
     f32[*batch, *rows, n].
   """
   batch = w.ndim - 2
-  a, a_zero = _int8(x)
-  b, b_zero = _int8(w)
+  a, a_zero = int8(x)
+  b, b_zero = int8(w)
   dims = (((a.ndim - 1,), (batch,)), (tuple(range(batch)),) * 2)
   y = jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.int32)
   # (a - za)(b - zb) summed over k = ab - za sum(b) - zb sum(a) + k za zb, all whole numbers.
@@ -50,7 +50,7 @@ def matmul(x: qarray.QArray, w: qarray.QArray) -> Float[Array, '...']:
   return qarray.exact(y.astype(jnp.float32) * qarray.decode(x.scale) * scale)
 
 
-def _int8(q):
+def int8(q):
   """Codes as int8, and what to take from each as i32, or None. Unsigned 8 bits move down by 128."""
   codes, zero = q.codes, None
   if q.zero is not None:

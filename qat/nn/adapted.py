@@ -17,6 +17,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from qat.core import qarray
 from qat.nn import adapters as adapters_, dot, layouts, quantized, recompute, rules, weights
 
 # Layers whose product is an attribute that they call.
@@ -142,7 +143,7 @@ def _multiply(layer, plain, name, product, x):
   q, variable = quantized.of(layer), vars(layer)[name]
   # An input's variables (a calibrated range, what watches it) would be closed over: such layers keep their floats.
   has_state = q is not None and q.input is not None and bool(jax.tree.leaves(nnx.state(q.input)))
-  if has_state or not isinstance(variable, weights.Codes):
+  if has_state or not isinstance(variable, weights.Codes) or not isinstance(variable.get_value(), qarray.QArray):
     return product(x, plain)
   return recompute.product(lambda x, codes: product(x, _with(plain, name, codes)), x, variable.get_value())
 
@@ -156,7 +157,7 @@ def _gain(layer, name, used, x):
   if all(adapter.magnitude is None for adapter in used):
     return None
   plain, variable = base(layer), vars(layer)[name]
-  if isinstance(variable, weights.Codes):
+  if isinstance(variable, weights.Codes) and isinstance(variable.get_value(), qarray.QArray):
     plain = _with(plain, name, recompute.after(variable.get_value(), x))
   return adapters_.gain(matrix(plain, name), used)
 

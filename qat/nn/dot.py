@@ -1,8 +1,12 @@
 """Products of a quantized input and a quantized weight.
 
 Where both are integers and their scales do not change along the sum, the product is one of int8 codes
-with int32 sums, in training as in serving: what is trained is, bit for bit, what is served. The
-gradient is that of the product of the decoded operands. Other grids multiply decoded operands.
+with int32 sums, in training as in serving: what is trained is, bit for bit, what is served. So are those of fp8, where
+the device multiplies it. The gradient is that of the product of the decoded operands. Other grids multiply decoded
+operands.
+
+Frozen weights go to qat/kernels, which multiply by codes: those that `qat.prepare` put in a kernel's layout, and on GPU
+and TPU all. On CPU those that were not prepared are decoded, as in training, and so give the same bits.
 """
 
 import math
@@ -11,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.kernels import integer
-from qat.nn import layouts
+from qat.kernels import float8, integer, matmul, prepared
+from qat.nn import layouts, weights
 from qat.quantizers import base
 
 
@@ -41,17 +45,17 @@ def unrows(x, shape, contract, batch):
 
 @jax.jit  # Layers of one shape are traced, and differentiated, once.
 @jax.custom_jvp
-def integer_product(x_hat, w_hat, x, w):
-  """The product of two integer QArrays, with the gradient of x_hat @ w_hat."""
+def code_product(x_hat, w_hat, x, w):
+  """The product of two QArrays, of integers or of fp8, with the gradient of x_hat @ w_hat."""
   del x_hat, w_hat
-  return integer.matmul(x, w)
+  return (integer if integer.fits(w, -2) else float8).matmul(x, w)
 
 
-@integer_product.__wrapped__.defjvp
-def _integer_product_jvp(primals, tangents):
+@code_product.__wrapped__.defjvp
+def _code_product_jvp(primals, tangents):
   (x_hat, w_hat, x, w), (dx, dw, *_) = primals, tangents
   tangent = float_product(dx, w_hat) + float_product(x_hat, dw)
-  return integer_product(x_hat, w_hat, x, w), tangent
+  return code_product(x_hat, w_hat, x, w), tangent
 
 
 def float_product(x, w):
@@ -62,7 +66,7 @@ def float_product(x, w):
 
 
 def product(quantizers, x, w, weight, variable):
-  """x @ w for an input in the form of `rows` and a quantized weight.
+  """x @ w for an input in the form of `rows` and a quantized weight, from its codes.
 
   Args:
     quantizers: the layer's.
@@ -71,21 +75,47 @@ def product(quantizers, x, w, weight, variable):
     weight: the weights.Weight of the layer, and `variable` what it reads.
 
   Returns:
-    f32[*batch, *rows, *outputs], from exact sums of codes, if both grids are integers; else None.
+    [*batch, *rows, *outputs], or None where decoded operands are multiplied.
   """
-  if x.size == 0 or not isinstance(quantizers.input, base.Quantizer):  # What only watches, for calibration.
+  if x.size == 0:
     return None
-  x_hat, x_codes = quantizers.place(x, quantizers.input.both)
-  w_codes = weight.encode(variable)
-  if not (integer.fits(x_codes, -1) and integer.fits(w_codes, -2)):
+  if quantizers.input is None:
+    y = _by_kernel(x, variable)
+  elif isinstance(quantizers.input, base.Quantizer):  # Not what only watches, for calibration.
+    y = _codes_by_codes(quantizers, x, w, weight, variable)
+  else:
+    y = None
+  if y is None:
     return None
-  y = integer_product(x_hat, weight.layout.to_matrix(w), x_codes, w_codes)
   outputs = (weight.layout.shape[a] for a in weight.layout.outputs)
   return y.reshape(*y.shape[:-1], *outputs)
 
 
+def _by_kernel(x, variable):
+  """A float input by frozen codes: [*batch, *rows, out], or None where they are decoded."""
+  if not isinstance(variable, weights.Codes) or isinstance(variable, weights.Decoded):
+    return None
+  w = variable.get_value()
+  if isinstance(w, prepared.Prepared) or jax.default_backend() != 'cpu':
+    return matmul.matmul(x, w)
+  return None
+
+
+def _codes_by_codes(quantizers, x, w, weight, variable):
+  """Sums of codes: f32[*batch, *rows, out], or None where these are no units of a device's product."""
+  if isinstance(variable, weights.Decoded):
+    return None
+  x_hat, x_codes = quantizers.place(x, quantizers.input.both)
+  w_codes = weight.encode(variable)
+  if isinstance(w_codes, prepared.Prepared):
+    return matmul.matmul(x_codes if matmul.explain(x_codes, w_codes)[w_codes.target] is None else x_hat, w_codes)
+  if not any(kind.fits(x_codes, -1) and kind.fits(w_codes, -2) for kind in _kinds()):
+    return None
+  return code_product(x_hat, weight.layout.to_matrix(w), x_codes, w_codes)
+
+
 def dot_general(original, quantizers, weight, variable):
-  """A `dot_general` for nnx.Linear and nnx.LinearGeneral that quantizes its input."""
+  """A `dot_general` for nnx.Linear and nnx.LinearGeneral that quantizes its input, if it has a quantizer."""
 
   def dot(x, w, dims, **settings):
     (contract, w_contract), (batch, w_batch) = dims
@@ -94,14 +124,14 @@ def dot_general(original, quantizers, weight, variable):
       y = product(quantizers, canonical, w, weight, variable)
       if y is not None:
         return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
-    x_hat = unrows(quantizers.place(canonical, quantizers.input), x.shape, contract, batch)
+    x_hat = _placed(quantizers, canonical, x, contract, batch)
     return (original or jax.lax.dot_general)(x_hat, w, dims, **settings)
 
   return dot
 
 
 def einsum(original, quantizers, weight, variable):
-  """An `einsum_op` for nnx.Einsum that quantizes its input."""
+  """An `einsum_op` for nnx.Einsum that quantizes its input, if it has a quantizer."""
 
   def op(equation, x, w, **settings):
     (a, b), c = layouts.split_einsum(equation, w.shape, x.ndim)
@@ -119,10 +149,22 @@ def einsum(original, quantizers, weight, variable):
         letters = [b[i] for i in w_batch] + free + outputs
         y = jnp.transpose(y, [letters.index(letter) for letter in c])
         return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
-    x_hat = unrows(quantizers.place(canonical, quantizers.input), x.shape, contract, batch)
+    x_hat = _placed(quantizers, canonical, x, contract, batch)
     return original(equation, x_hat, w, **settings)
 
   return op
+
+
+def _kinds():
+  """The products of codes that this process' device has. CPUs have none of fp8, and would cast each operand."""
+  return (integer,) if jax.default_backend() == 'cpu' else (integer, float8)
+
+
+def _placed(quantizers, canonical, x, contract, batch):
+  """The input on its grid, in its own shape."""
+  if quantizers.input is None:
+    return x
+  return unrows(quantizers.place(canonical, quantizers.input), x.shape, contract, batch)
 
 
 def _sums_inputs(weight, contract, batch):

@@ -90,9 +90,12 @@ def _weight_row(site, seen):
     note = note or 'no rule gives it a weight quantizer'
     size = 0 if shared else value.nbytes
     return Row(path, kind, value.shape, '-', inputs, 8 * value.dtype.itemsize, size, note)
+  if isinstance(site.variable, weights.Decoded):
+    size = 0 if shared else value.nbytes
+    return Row(path, kind, value.shape, 'decoded', inputs, 8 * value.dtype.itemsize, size, note)
   is_frozen = isinstance(site.variable, weights.Codes)
   codes = value if is_frozen else weights.shapes(weight, site.variable)
-  name = 'codes' if is_frozen else type(weight.quantizer).__name__
+  name = getattr(codes, 'layout', 'codes') if is_frozen else type(weight.quantizer).__name__
   size = 0 if shared else codes.nbits / 8
   return Row(path, kind, codes.shape, f'{name} {codes.spec}', inputs, codes.nbits / codes.size, size, note)
 

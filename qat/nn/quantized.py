@@ -14,7 +14,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.nn import dot
+from qat.nn import dot, weights
 
 
 class Label(str):
@@ -89,7 +89,7 @@ def _as_float(x):
 def attend(layer, float_attend, query, *args, **kwargs):
   """nnx.Embed.attend, for a tied head: its query is an input."""
   q, variable = vars(layer)['quantizers'], vars(layer)['embedding']
-  if q.input is None:
+  if q.input is None and not isinstance(variable, weights.Codes):
     return float_attend(layer, query, *args, **kwargs)
   weight = vars(q.weights).get('embedding')
   query, w = layer.promote_dtype((query, layer.embedding[...]), dtype=layer.dtype)
@@ -97,12 +97,13 @@ def attend(layer, float_attend, query, *args, **kwargs):
     y = dot.product(q, query, w, weight, variable)
     if y is not None:
       return qarray.cast(y, query.dtype)
-  return float_attend(layer, q.place(query, q.input), *args, **kwargs)
+  query = query if q.input is None else q.place(query, q.input)
+  return float_attend(layer, query, *args, **kwargs)
 
 
 def _product(make):
   def read(quantizers, attributes, value):
-    if quantizers.input is None:
+    if quantizers.input is None and not isinstance(attributes['kernel'], weights.Codes):
       return value
     if attributes.get('dot_general_cls') is not None:
       value = attributes['dot_general_cls']()
@@ -110,8 +111,8 @@ def _product(make):
   return read
 
 
-def _no_class(quantizers, attributes, value):
-  return value if quantizers.input is None else None  # Or the layer would not read its dot_general.
+def _no_class(quantizers, attributes, value):  # None, or the layer would not read its dot_general.
+  return value if quantizers.input is None and not isinstance(attributes['kernel'], weights.Codes) else None
 
 
 def _attention(quantizers, attributes, value):

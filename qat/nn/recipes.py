@@ -56,11 +56,11 @@ def calibrated(weight_bits, input_bits, block=specs.CHANNEL):
   return weight_and_input(_int_weight(weight_bits, block), static.Static(signed, unsigned=unsigned))
 
 
-def learned(weight_bits, input_bits):
+def learned(weight_bits, input_bits, gradient_scale=lsq.paper_gradient_scale):
   """LSQ: learned steps, one an output for weights, one for each input; unsigned where inputs are."""
   signed, unsigned = (specs.integer(input_bits, specs.TENSOR, signed=s) for s in (True, False))
-  weight = lsq.LSQ(specs.integer(weight_bits, specs.CHANNEL))
-  return weight_and_input(weight, lsq.LSQ(signed, unsigned=unsigned))
+  weight = lsq.LSQ(specs.integer(weight_bits, specs.CHANNEL), gradient_scale=gradient_scale)
+  return weight_and_input(weight, lsq.LSQ(signed, unsigned=unsigned, gradient_scale=gradient_scale))
 
 
 def dorefa_net(weight_bits, input_bits, gradient_bits=None):
@@ -133,7 +133,9 @@ RECIPES = {
 
 # Families that take bits: learned(2, 2) is 'w2a2_lsq'.
 QUANTIZERS = {'ste': dynamic, 'static': calibrated, 'lsq': learned, 'dorefa': dorefa_net, 'pact': pact_dorefa,
-              'stochastic': stochastic_rounding}
+              'stochastic': stochastic_rounding,
+              'lsq_by_numbers': lambda weight_bits, input_bits: learned(weight_bits, input_bits, lsq.by_numbers),
+              'lsq_unscaled': lambda weight_bits, input_bits: learned(weight_bits, input_bits, lsq.unscaled)}
 
 
 def get(name):
@@ -141,8 +143,8 @@ def get(name):
 
   Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats; '_asym' after it gives weights
   unsigned integers and a zero beside each scale, in float32 where inputs are floats, else an integer that the products
-  of codes take. So is any 'w<bits>a<bits>_static'. 'w<bits>a16_tensor' and 'w<bits>a<bits>_static_tensor' have one
-  scale for the whole weight.
+  of codes take. So is any 'w<bits>a<bits>_static', and any 'w<bits>a<bits>_dorefa', with 'g<bits>' for gradients before
+  its '_'. 'w<bits>a16_tensor' and 'w<bits>a<bits>_static_tensor' have one scale for the whole weight.
 
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
@@ -157,6 +159,8 @@ def get(name):
   if match := re.fullmatch(r'w([1-8])a(?:16|([1-8])_static)(_tensor)?', name):
     block = specs.TENSOR if match[3] else specs.CHANNEL
     return calibrated(int(match[1]), int(match[2]), block) if match[2] else weight_only(int(match[1]), block)
+  if match := re.fullmatch(r'w([1-8])a([1-8])(?:g([1-8]))?_dorefa', name):
+    return dorefa_net(*(part and int(part) for part in match.groups()))
   if name not in RECIPES:
     raise ValueError(f'recipe {name!r}: there is none of that name. {_suggest(name, RECIPES)}')
   return RECIPES[name]() if RECIPES[name] else (Rule('.*'),)

@@ -95,7 +95,7 @@ def settle(model):
       variable = vars(layer)[name]
       if not isinstance(variable, weights.Codes) and id(variable) not in frozen:
         frozen[id(variable)] = weights.freeze(weight, variable)
-  _swap(model, frozen)
+  swap(model, frozen)
   settle_activations(model)
 
 
@@ -110,12 +110,12 @@ def settle_activations(model):
 
 def hold(model, codes):
   """Puts `codes`, {site's path: QArray[*lead, in, out]}, in place of the floats, wherever these are shared."""
-  _swap(model, {id(site.variable): weights.Codes(codes[site.path])
+  swap(model, {id(site.variable): weights.Codes(codes[site.path])
                 for site in rules.sites(model) if site.path in codes})
 
 
-def _swap(model, frozen):
-  """Puts Codes, by the id of the Param, in its place, in place."""
+def swap(model, frozen):
+  """Puts Codes, by the id of the variable, in its place, in place."""
   readers = {}
   for layer in quantized.layers(model).values():
     q = vars(layer)['quantizers']

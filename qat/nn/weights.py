@@ -11,10 +11,15 @@ from flax import nnx
 import jax
 
 from qat.core import qarray
+from qat.kernels import matmul, prepared
 
 
 class Codes(nnx.Variable):
-  """A frozen QArray[*lead, in, out]. Not a Param: optimizers leave it alone."""
+  """A frozen QArray[*lead, in, out], or a Prepared[in, out]. Not a Param: optimizers leave it alone."""
+
+
+class Decoded(Codes):
+  """The numbers of codes, in their layer's shape: what qat.prepare makes where there is no kernel for them."""
 
 
 class Seen(nnx.Param):
@@ -40,7 +45,7 @@ class Weight(nnx.Module):
     self.quantizer, self.layout, self.dtype = quantizer, layout, dtype
 
   def encode(self, variable):
-    """The codes: QArray[*lead, in, out]."""
+    """The codes: QArray[*lead, in, out]; of what was prepared, what is there."""
     if isinstance(variable, Codes):
       return variable.get_value()
     matrices = self.layout.to_matrix(jax.lax.stop_gradient(variable.get_value()))
@@ -49,6 +54,8 @@ class Weight(nnx.Module):
   def decode(self, variable):
     """The weight on its grid, in its layer's shape and its Param's dtype."""
     value = variable.get_value()
+    if isinstance(variable, Decoded):
+      return value
     if isinstance(variable, Codes):
       return self.layout.from_matrix(decode(value, self.dtype))
     matrices = self.layout.to_matrix(value)
@@ -64,6 +71,8 @@ class Weight(nnx.Module):
 
 def decode(q, dtype):
   """The numbers of Codes: QArray[*lead, in, out] -> dtype[*lead, in, out]."""
+  if isinstance(q, prepared.Prepared):
+    return matmul.decode(q, dtype)
   numbers = functools.partial(qarray.decode, dtype=dtype)
   for _ in range(q.ndim - 2):
     numbers = jax.vmap(numbers)

@@ -59,18 +59,28 @@ def paper_gradient_scale(v_size, s_size, spec):
   return 1 / math.sqrt(v_size / s_size * spec.format.max)
 
 
+def by_numbers(v_size, s_size, spec):
+  """g = 1 / sqrt(N), of the paper's ablation."""
+  return 1 / math.sqrt(v_size / s_size)
+
+
+def unscaled(v_size, s_size, spec):
+  """g = 1, of the paper's ablation."""
+  return 1.0
+
+
 class LSQ(base.Quantizer):
 
-  def __init__(self, spec, rule=ranges.lsq_init, observer=MEAN_ABS, unsigned=None):
-    """`unsigned`: the Spec to use instead if calibration sees no negative number."""
+  def __init__(self, spec, rule=ranges.lsq_init, observer=MEAN_ABS, unsigned=None, gradient_scale=paper_gradient_scale):
+    """`unsigned`: the Spec to use instead if calibration sees no negative number; `gradient_scale`: g, a function."""
     if spec.zero is not None:
       raise ValueError(f'LSQ({spec}): the spec has a zero, and LSQ learns a scale alone. '
                        'Drop the zero, or use Static.')
     self.spec, self.rule, self.observer, self.unsigned = spec, rule, observer, unsigned
-    self.s = nnx.data(None)
+    self.gradient_scale, self.s = gradient_scale, nnx.data(None)
 
   def _start(self, scale):
-    new = LSQ(self.spec, self.rule, observer=None)
+    new = LSQ(self.spec, self.rule, observer=None, gradient_scale=self.gradient_scale)
     new.s = base.StepSize(qarray.decode(scale))
     return new
 
@@ -81,7 +91,7 @@ class LSQ(base.Quantizer):
     return self._start(scale)
 
   def with_spec(self, spec):
-    return LSQ(spec, self.rule, self.observer)
+    return LSQ(spec, self.rule, self.observer, gradient_scale=self.gradient_scale)
 
   def grid(self, x):
     if self.s is None:
@@ -90,7 +100,7 @@ class LSQ(base.Quantizer):
 
   def __call__(self, x):
     s, _ = self.grid(x)
-    return lsq(x, s, self.spec, paper_gradient_scale(x.size, s.size, self.spec))
+    return lsq(x, s, self.spec, self.gradient_scale(x.size, s.size, self.spec))
 
   def frozen(self):
     return static.Static.at(self.spec, jnp.abs(self.s[...]))

@@ -25,6 +25,7 @@ from qat.run import build
 from qat.run import chat
 from qat.run import classification
 from qat.run import data
+from qat.run import mesh
 from qat.run import names
 from qat.run import offload
 from qat.run import optim
@@ -43,8 +44,8 @@ HEAD = classification.HEAD
 PACKINGS = dict(stream=packing.stream, rows=packing.rows, rows_by_length=packing.rows_by_length)
 
 
-def run(config):
-  """The build.Run of a config."""
+def run(config, devices=mesh.ONE):
+  """The build.Run of a config, in its places on `devices`."""
   memory = offload.memory(config.optimizer.memory)
   network = published.load(config.pretrained, config.dtype)
   if HEAD in config:
@@ -54,12 +55,14 @@ def run(config):
     floats, (train, test) = network.model, sources(config, network)
   model, facts = adapted(floats, config), network.facts
   del network, floats                                                    # Where codes took their place.
+  model = devices.constrained(model)
   skeleton, params, rest = states.take_apart(model, *filters(config))
   tx, rate = optim.optimizer(config, params)
   goal = build.objective(config)
-  return build.Run(config, goal, train, skeleton, states.new(params, rest, tx), tx, rate,
-                   scorer.Scorer(goal, test, config.eval.batch_size), memory,
-                   dict(network=facts, base_sha256=fingerprint(skeleton.base)))
+  about = dict(network=facts, base_sha256=fingerprint(skeleton.base))
+  skeleton, state = devices.begin(model, skeleton, params, rest, tx)
+  return build.Run(config, goal, train, skeleton, state, tx, rate,
+                   scorer.Scorer(goal, test, config.eval.batch_size, devices), memory, devices, about)
 
 
 def filters(config):
@@ -167,4 +170,5 @@ def fingerprint(arrays):
 
 def batches(run):
   """The training batches of a Run."""
-  return data.batches(run.train, run.config.data.batch_size, seed=run.config.seed)
+  size = run.config.data.batch_size
+  return data.batches(run.train, size, seed=run.config.seed, rows=run.devices.rows(size))

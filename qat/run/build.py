@@ -17,6 +17,7 @@ from qat.nn import transform
 from qat.run import checkpoint
 from qat.run import config as configs
 from qat.run import data
+from qat.run import mesh
 from qat.run import names
 from qat.run import objectives
 from qat.run import optim
@@ -36,6 +37,7 @@ class Run:
   rate: object           # step -> learning rate
   scorer: scorer.Scorer
   memory: str | None = None  # Where the optimizer's state lives, see offload.py.
+  devices: mesh.OneDevice = mesh.ONE
   about: dict = dataclasses.field(default_factory=dict)  # What checkpoints say besides: the fingerprint of a base.
 
   def model(self, state):
@@ -43,8 +45,8 @@ class Run:
     return self.skeleton.join(state.params, state.rest)
 
 
-def run(config):
-  """The Run of a config: data, model, quantizers, calibration, optimizer, state."""
+def run(config, devices=mesh.ONE):
+  """The Run of a config: data, model, quantizers, calibration, optimizer, state, in its places on `devices`."""
   if 'adapter' in config:
     raise ValueError('The config is one of qat finetune. Give the qat finetune command again: it goes on with what is '
                      'there, scores it, and writes its report.')
@@ -53,11 +55,12 @@ def run(config):
   model = float_model(config)
   if config.init_from:
     model = pretrained(model, config.init_from)
-  model = quantized(model, config, train)
+  model = devices.constrained(quantized(model, config, train))
   skeleton, params, rest = states.take_apart(model)
   tx, rate = optim.optimizer(config, params)
-  test_scorer = scorer.Scorer(goal, test, config.eval.batch_size)
-  return Run(config, goal, train, skeleton, states.new(params, rest, tx), tx, rate, test_scorer)
+  test_scorer = scorer.Scorer(goal, test, config.eval.batch_size, devices)
+  skeleton, state = devices.begin(model, skeleton, params, rest, tx)
+  return Run(config, goal, train, skeleton, state, tx, rate, test_scorer, devices=devices)
 
 
 def pretrained(model, workdir):
@@ -81,7 +84,17 @@ def sources(config):
   """(training examples, test examples)."""
   c = config.data
   train = data.load(c.name, c.train, data_dir=c.data_dir, **{**c.options, **c.train_options})
+  _check_sizes(train, config)
   return train, data.load(c.name, c.test, data_dir=c.data_dir, **c.options)
+
+
+def _check_sizes(source, config):
+  """Raises where a source has tokens or classes that the network does not know: it would take others in their place."""
+  for leaf in ('vocab_size', 'classes'):
+    known, needed = config.model.get(leaf), getattr(source, leaf, 0)
+    if known is not None and needed > known:
+      raise ValueError(f'model.{leaf} {known}: the data has {needed}. Give --config.model.{leaf}={needed}, or other '
+                       'data.')
 
 
 def float_model(config):

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from qat.run import errors
+from qat.run import hosts
 
 STATE, ABOUT = 'state', 'about'
 SPARE_BYTES = 2**20  # Metadata, metrics, and the report.
@@ -38,8 +39,14 @@ class Checkpoints:
     self.directory = folder(workdir)
     best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True)
-    self.manager = ocp.CheckpointManager(self.directory, options=options)
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept, cleanup_tmp_directories=True,
+        **dict(multiprocessing_options=alone, create=False) if jax.process_count() > 1 else {})
+    self.manager = None
+    if hosts.is_first():
+      self.directory.mkdir(parents=True, exist_ok=True)
+      self.manager = ocp.CheckpointManager(self.directory, options=options)
 
   def save(self, step, state, about, metrics=None):
     """Copies `state` to the host and writes it in the background.
@@ -50,9 +57,9 @@ class Checkpoints:
       about: a dict for JSON.
       metrics: those of an evaluation at this step, if there was one.
     """
-    if step in self.manager.all_steps():
-      return
     arrays = to_host(state)
+    if self.manager is None or step in self.manager.all_steps():
+      return
     _check_space(self.directory, sum(x.nbytes for x in arrays.values()))
     about = dict(about, metrics=metrics, checksums={k: checksum(x) for k, x in arrays.items()})
     self.manager.save(step, metrics=metrics, args=ocp.args.Composite(
@@ -63,6 +70,8 @@ class Checkpoints:
 
   def __exit__(self, *_):
     """Waits until everything is on disk."""
+    if self.manager is None:
+      return
     try:
       self.manager.wait_until_finished()
     finally:
@@ -90,8 +99,20 @@ def restore(workdir, like):
 
   Args:
     workdir: the run's folder.
-    like: a state whose structure, shapes and dtypes the checkpoint must have.
+    like: a state whose structure, shapes and dtypes the checkpoint must have, and in whose places it is put.
   """
+  step, restored = _last_whole(workdir, like) if hosts.is_first() else (None, None)
+  if jax.process_count() == 1:
+    return restored
+  step = hosts.from_first(-1 if step is None else step)
+  if step >= 0 and step not in steps(workdir):
+    raise ValueError(f'--workdir {str(workdir)!r}: process {jax.process_index()} finds no checkpoint of step {step} '
+                     'there, and process 0 does. Give a folder on a disk that all processes share.')
+  return read(workdir, step, like) if step >= 0 and restored is None else restored
+
+
+def _last_whole(workdir, like):
+  """(step, what `restore` returns) of the last checkpoint that is whole; (None, None) when there is none."""
   damaged = []
   for step in reversed(steps(workdir)):
     try:
@@ -102,12 +123,12 @@ def restore(workdir, like):
       continue
     if damaged:
       print(f'WARNING: going on from the checkpoint of step {step} in place of {damaged[0]}.', file=sys.stderr)
-    return restored
+    return step, restored
   if damaged:
     raise ValueError(f'Every checkpoint of {str(workdir)!r} is damaged: steps {sorted(damaged)}. They were moved '
                      f'to {pathlib.Path(workdir) / "damaged"}. Restore the folder from a copy, or start again in '
                      'another --workdir.')
-  return None
+  return None, None
 
 
 def best_step(workdir, score):
@@ -187,15 +208,22 @@ def flatten(state):
 
 
 def to_host(state):
-  """{name: a numpy copy} of a state: the next step may write over its buffers. Random keys as numbers."""
-  return {name: np.array(jax.random.key_data(x) if _is_key(x) else x) for name, x in flatten(state).items()}
+  """{name: a numpy copy} of a state: the next step may write over its buffers. Random keys as numbers.
+
+  All processes must ask; only the first keeps the copies.
+  """
+  copies = ((name, hosts.fetch(x)) for name, x in flatten(state).items())
+  first = hosts.is_first()
+  return {name: x for name, x in copies if first}
 
 
 def _like(array, x):
-  """`array` as a jax array of the kind of `x`."""
-  if _is_key(x):
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(x))
-  return jax.numpy.asarray(array)
+  """`array` as a jax array of the kind of `x`, where `x` is."""
+  made = jax.random.wrap_key_data(array, impl=jax.random.key_impl(x)) if _is_key(x) else array
+  home = getattr(x, 'sharding', None)
+  if isinstance(home, jax.sharding.NamedSharding):
+    return hosts.put(made, home)
+  return jax.numpy.asarray(made)
 
 
 def _is_key(x):

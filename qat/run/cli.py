@@ -14,11 +14,14 @@ import jax
 
 from qat.run import config as configs
 from qat.run import errors
+from qat.run import hosts
 from qat.run import names
 
 # Program -> whether it needs --config; those that do not read the one in the workdir. None: it reads its own flags.
 PROGRAMS = dict(train=True, finetune=None, merge=None, ptq=True, evaluate=False, report=False, quickstart=True,
                 reproduce=None)
+MESHES = ('train', 'finetune', 'ptq')  # Programs that run on many devices.
+SHARDED = ('--config.mesh', '--config.sharding', '--config.activation_sharding')
 CACHE_FROM_SECONDS = 0.5  # Faster compiles than this are not worth a file.
 
 
@@ -47,14 +50,35 @@ def run(program, *argv):
   if {'-h', '--help'} & set(argv):
     print(module.__doc__)
     return
+  flags, argv = hosts.split(argv)
   logging.set_verbosity(logging.FATAL)  # Orbax logs every error that it raises, a page for each of its threads.
   compilation_cache()
+  if program not in MESHES:
+    check_alone(program, flags, argv)
+    return start(program, module, argv)
+  with hosts.session(flags):
+    return start(program, module, argv)
+
+
+def start(program, module, argv):
+  """Runs the module of a program."""
   if PROGRAMS[program] is None:
     return module.main(argv)
   if program == 'report' and argv and not argv[0].startswith('-'):  # A page of experiments/, or runs to compare.
     is_page = len(argv) == 1 and not (pathlib.Path(argv[0]) / 'result.json').is_file()
     return importlib.import_module('qat.run.pages' if is_page else 'qat.run.comparison').main(*argv)
+  if program == 'train' and '--plan' in argv:
+    config, _ = configs.parse(['--workdir=.', *(a for a in argv if a != '--plan')])
+    return print(importlib.import_module('qat.run.train_plan').plan(config))
   module.main(*configs.parse(argv, needs_config=PROGRAMS[program]))
+
+
+def check_alone(program, flags, argv):
+  """Raises at what only programs of many devices know."""
+  asked = [f'--{name}' for name in flags] + [a.split('=')[0] for a in argv if a.startswith(SHARDED)]
+  if asked:
+    raise ValueError(f'{", ".join(asked)}: qat {program} runs on one device, in one process. Leave it out; '
+                     f'{", ".join(MESHES)} run on many.')
 
 
 def usage():

@@ -19,8 +19,9 @@ from qat.run import names
 # Steps are counted, or divided, by these.
 COUNTS = ('eval.every_steps', 'eval.batch_size', 'optimizer.accumulate_steps', 'log_every_steps',
           'checkpoint_every_steps', 'keep_checkpoints')
-# What a run may change when it goes on: none of these touches a parameter.
-FREE = ('log_every_steps', 'log_every_seconds', 'checkpoint_every_steps', 'keep_checkpoints', 'trackers')
+# What a run may change when it goes on: none of these touches a parameter, but for the order of sums on a mesh.
+FREE = ('log_every_steps', 'log_every_seconds', 'checkpoint_every_steps', 'keep_checkpoints', 'trackers',
+        'mesh.data', 'mesh.fsdp', 'mesh.sequence', 'mesh.model', 'sharding', 'activation_sharding')
 
 
 def parse(argv, needs_config=True):

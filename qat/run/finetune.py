@@ -20,7 +20,9 @@ from qat.run import adaptation
 from qat.run import checkpoint
 from qat.run import config as configs
 from qat.run import errors
+from qat.run import hosts
 from qat.run import memory_plan
+from qat.run import mesh
 from qat.run import metrics
 from qat.run import plots
 from qat.run import provenance
@@ -46,16 +48,19 @@ def finetune(config, workdir):
   began, origin = time.monotonic(), provenance.provenance()
   # ------------------------------------------------------------------------ where
   configs.check_counts(config)
+  devices = mesh.make(config)
   workdir = workdirs.begin(workdir, config)
 
   # ------------------------------------------------------------------------ texts, base, adapters, optimizer
-  run = adaptation.run(config)
+  run = adaptation.run(config, devices)
   batches = adaptation.batches(run)
+  placed = mesh.say(devices.facts(trained=run.state.params, optimizer=run.state.opt_state, base=run.skeleton.base))
 
   # ------------------------------------------------------------------------ train
   state, seconds_before = begin(run, batches, workdir)
   seconds = lambda: seconds_before + time.monotonic() - began
-  with stop.Stop() as stopped:
+  with stop.Stop() as heard:
+    stopped = hosts.Together(heard)
     state = train.Loop(run, workdir, batches, seconds)(state, stopped)
   if int(state.step) < config.total_steps:
     print(f'{stopped.asked.name}: saved at step {int(state.step)} of {config.total_steps}. '
@@ -63,10 +68,13 @@ def finetune(config, workdir):
     return
 
   # ------------------------------------------------------------------------ evaluate, report
-  model = run.model(state)
+  found = scores(run, run.model(state))
+  model = hosts.local_model(run.model(state))
+  if not hosts.is_first():
+    return
   result = dict(config=configs.plain(config), seed=config.seed, steps=config.total_steps, about=run.about['network'],
-                **scores(run, model), best_step=checkpoint.best_step(workdir, run.objective.score), **facts(run, model),
-                wall_seconds=seconds(), peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
+                **found, best_step=checkpoint.best_step(workdir, run.objective.score), **facts(run, model),
+                wall_seconds=seconds(), peak_memory_bytes=provenance.peak_memory_bytes(), **placed, **origin)
   provenance.save(workdir / 'result.json', result)
   if config.adapter.rules:
     save_adapter(model, config, workdir / 'adapter')

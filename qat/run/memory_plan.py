@@ -24,6 +24,7 @@ from qat.run import offload
 from qat.run import optim
 from qat.run import published
 from qat.run import state as states
+from qat.run import trained
 
 DEPTHS = 2, 3
 
@@ -93,7 +94,10 @@ def shape_of(name):
   reader = published.reader(published.located(name))
   if isinstance(reader, gguf_file.GGUFFile):
     return gguf_file.llama_config(reader)
-  found = reader.family.make_config(reader.settings) if isinstance(reader, folder.Folder) else None
+  if isinstance(reader, trained.Workdir):
+    found = reader.shape()
+  else:
+    found = reader.family.make_config(reader.settings) if isinstance(reader, folder.Folder) else None
   if not isinstance(found, decoder.Config):
     raise ValueError(f'pretrained {name!r} is no decoder, and plans are for those. Give one, or of {list(SHAPES)}.')
   return found

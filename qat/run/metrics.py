@@ -40,6 +40,22 @@ class Metrics:
       tracker.close()
 
 
+class Silent:
+  """What the other processes of a run have in the place of Metrics."""
+
+  def write(self, step, split, values):
+    pass
+
+  def sync(self):
+    pass
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+
 def read(workdir):
   """[{'step', 'split', ...}] of the whole lines of workdir/metrics.jsonl."""
   path = workdir / 'metrics.jsonl'

@@ -4,6 +4,7 @@ A slow, eager pass over the very state and batch of the failing step: parameters
 outputs of each module in the order in which they were called, then gradients.
 """
 
+import dataclasses
 import math
 
 from flax import nnx
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat.run import errors
+from qat.run import hosts
 from qat.run import state as states
 
 
@@ -94,10 +96,13 @@ def layer_outputs(skeleton, objective, state, batch):
 
 def stop(skeleton, objective, state, batch, workdir):
   """Saves what is needed to look into it, and raises with the name of the layer."""
+  state, batch = hosts.local((state, batch))
+  skeleton = dataclasses.replace(skeleton, base=hosts.local(skeleton.base))
   step = int(state.step) + 1
   path = workdir / f'nonfinite_{step}.npz'
   arrays = {f'params/{k}': v for k, v in state.params.items()} | {f'batch/{k}': v for k, v in batch.items()}
-  np.savez(path, **{k: np.asarray(v) for k, v in arrays.items()})
+  if hosts.is_first():
+    np.savez(path, **{k: np.asarray(v) for k, v in arrays.items()})
   what = culprit(skeleton, objective, state, batch)
   raise errors.NonFinite(
       f'Step {step}: {what} is not finite (NaN or infinite). Training stopped before the step took effect; its '

@@ -26,6 +26,11 @@ def _classify(logits, batch):
               accuracy=hit.astype(jnp.float32))
 
 
+def _classify_softly(logits, batch):
+  hard = _classify(logits, batch)
+  return hard | dict(loss=optax.softmax_cross_entropy(logits.astype(jnp.float32), batch['targets']))
+
+
 def _next_token(logits, batch):
   targets = batch['tokens'][:, 1:]
   losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)  # [b, t]
@@ -47,6 +52,9 @@ classification = Objective(
     values=_classify,
     score=lambda metrics: metrics['accuracy'])
 
+# Of qat/run/images.py, whose labels may be mixed or smoothed.
+soft_classification = dataclasses.replace(classification, values=_classify_softly)
+
 # Of qat/run/classification.py.
 text_classification = dataclasses.replace(
     classification, inputs=lambda batch: {name: batch[name] for name in ('tokens', 'attended')})
@@ -55,6 +63,12 @@ language = Objective(
     inputs=lambda batch: batch['tokens'][:, :-1],
     values=_next_token,
     score=lambda metrics: -metrics['bits_per_character'])
+
+# The same of tokens that are no characters (qat/run/text_sets.py).
+next_token = dataclasses.replace(
+    language,
+    values=lambda logits, batch: {k: v for k, v in _next_token(logits, batch).items() if k in ('loss', 'accuracy')},
+    score=lambda metrics: -metrics['loss'])
 
 # Of qat/run/packing.py: the loss of the tokens that count, which are answers in chats. The last token is read in vain,
 # so that as many tokens are read as a sequence has.

@@ -36,6 +36,7 @@ class Sequences:
   `weights` are 1 for tokens that count, over their share of the batch: the mean of weight times loss, over a batch or
   over equal parts of one, is the mean loss of the tokens that count.
   """
+  is_of_batch = True  # A row's weights and length depend on the others.
 
   def __init__(self, tokens, counted, lengths):
     """Holds i32[n, length], bool[n, length], and i32[n], the tokens of each row before padding."""
@@ -54,6 +55,7 @@ class Sequences:
 
 class Whole(Sequences):
   """Rows to be scored: all of one length, and weights by the share of the whole set, whatever the batches."""
+  is_of_batch = False
 
   def __init__(self, sequences):
     super().__init__(sequences.tokens, sequences.counted, sequences.lengths)

@@ -10,10 +10,11 @@
 
 `{float}` is the workdir of that run under the same seed. A run of qat ptq is measured beside its float network; one of
 another program may name the run that it is compared to, as `float='float'`. The metrics of qat finetune before its
-first step are `start_<metric>`, and what an optimizer's state takes is `optimizer_mib`. A claim has a `difference` (of
-a metric) or a `ratio` (of a metric's changes from the float network), what it must be within, and may name another
-`metric` than the first. Runs and claims may have a `paper`: what the paper reports. A page.py is data and imports
-nothing of qat.
+first step are `start_<metric>`, and what an optimizer's state takes is `optimizer_mib`. A run of qat merge has as its
+`config` the run of qat finetune that it merges, '{lora}', and as `set` its flags, {'into': 'grid', 'method': 'rtn'}. A
+claim has a `difference` (of a metric) or a `ratio` (of a metric's changes from the float network), what it must be
+within, and may name another `metric` than the first. Runs and claims may have a `paper`: what the paper reports. A
+page.py is data and imports nothing of qat.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ import sys
 from qat.run import metrics as files
 from qat.run import names
 
-PROGRAMS = ('train', 'ptq', 'finetune')
+PROGRAMS = ('train', 'ptq', 'finetune', 'merge')
+MERGE_FLAGS = ('into', 'method', 'sequences')  # `qat merge` reads the config of the run that it merges.
 PAPER_KEYS = dict(name=True, title=True, link=True, setting=True)  # Key -> whether it must be there.
 METRIC_KEYS = dict(name=True, label=True, digits=True, factor=False)
 SCRATCH = 'runs'  # Where commands are printed to work, and what stands in result files for wherever they did.
@@ -68,12 +70,19 @@ class Command:
     return hashlib.sha256(json.dumps([self.program, self.config, self.overrides, needed]).encode()).hexdigest()[:10]
 
   def workdir(self, scratch=SCRATCH):
+    """Where the result is left."""
+    if self.program == 'merge':
+      return f'{self._config(scratch)}/merged/{"_".join(flag.split("=")[1] for flag in self.overrides)}'
     return f'{scratch}/{self.program}_{self.digest}'
 
   def arguments(self, scratch=SCRATCH):
     """What follows `qat` on the command line."""
-    config = self.config.format(**{name: need.workdir(scratch) for name, need in self.needs.items()})
-    return [self.program, '--config', config, '--workdir', self.workdir(scratch), *self.overrides]
+    if self.program == 'merge':
+      return [self.program, '--workdir', self._config(scratch), *self.overrides]
+    return [self.program, '--config', self._config(scratch), '--workdir', self.workdir(scratch), *self.overrides]
+
+  def _config(self, scratch):
+    return self.config.format(**{name: need.workdir(scratch) for name, need in self.needs.items()})
 
   def __str__(self):
     return shlex.join(['qat', *self.arguments()])
@@ -97,7 +106,10 @@ class Page:
     """The Command of a run under a seed."""
     about = self.runs[run]
     needs = {name: self.command(name, seed) for name in needed(about)}
-    overrides = (*(f'--config.{leaf}={value}' for leaf, value in about.get('set', {}).items()), f'--config.seed={seed}')
+    wanted = about.get('set', {}).items()
+    overrides = (*(f'--config.{leaf}={value}' for leaf, value in wanted), f'--config.seed={seed}')
+    if about['program'] == 'merge':
+      overrides = tuple(f'--{flag}={value}' for flag, value in wanted)
     return Command(run, seed, about['program'], about['config'], overrides, needs)
 
   def commands(self):
@@ -193,6 +205,8 @@ def _check(page):
     if about['program'] not in PROGRAMS:
       raise ValueError(f'{where}: run {run!r} is of program {about["program"]!r}. '
                        f'{names.suggest(about["program"], PROGRAMS)}')
+    if about['program'] == 'merge' and (wrong := sorted(set(about.get('set', {})) - set(MERGE_FLAGS))):
+      raise ValueError(f'{where}: run {run!r} sets {wrong}, and the flags of qat merge are {MERGE_FLAGS}.')
     earlier = list(page.runs)[:list(page.runs).index(run)]
     beside = [about['float']] if 'float' in about else []
     if unknown := [name for name in (*needed(about), *beside) if name not in earlier]:

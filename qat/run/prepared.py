@@ -57,19 +57,37 @@ def find(name, data_dir):
     name: as TFDS writes it: 'cifar10', 'name/config', 'name:1.0.0'.
     data_dir: where it was prepared; None for TFDS's own folder.
   """
+  if builder := found(name, data_dir):
+    return builder
+  where = data_dir or folder()
+  there = sorted(entry.name for entry in os.scandir(where) if entry.is_dir()) if os.path.isdir(where) else []
+  raise ValueError(
+      f'Dataset {name!r}: it is not prepared in {where}, where there are {there}. Prepare it on a machine that has '
+      f'TensorFlow by `tfds build {name} --file_format=array_record --data_dir={where}`, or pass the data_dir '
+      'that has it.')
+
+
+def found(name, data_dir):
+  """The builder that `find` finds, or None."""
   try:
     return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except tfds.core.registered.DatasetNotFoundError as error:
-    folder = data_dir or os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
-    there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-    raise ValueError(
-        f'Dataset {name!r}: it is not prepared in {folder}, where there are {there}. Prepare it on a machine that has '
-        f'TensorFlow by `tfds build {name} --file_format=array_record --data_dir={folder}`, or pass the data_dir '
-        'that has it.') from error
+  except tfds.core.registered.DatasetNotFoundError:
+    return None
 
 
-def read(builder, split):
-  """Random access to the examples of a split, 'train' or 'train[:10%]', in the order in which they are stored."""
+def folder():
+  """TFDS's own folder of prepared datasets."""
+  return os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
+
+
+def read(builder, split, decoders=None):
+  """Random access to the examples of a split, 'train' or 'train[:10%]', in the order in which they are stored.
+
+  Args:
+    builder: of a prepared dataset.
+    split: as above.
+    decoders: {feature: how it is read}, as TFDS takes them; images may stay encoded.
+  """
   name = builder.name
   try:
     builder.info.splits[split]
@@ -78,7 +96,7 @@ def read(builder, split):
         f'Split {split!r} of {name}: the splits are {sorted(builder.info.splits)}. '
         "Name one, or a slice of one such as 'train[:10%]'.") from error
   try:
-    return builder.as_data_source(split)
+    return builder.as_data_source(split, decoders=decoders)
   except NotImplementedError as error:
     raise ValueError(
         f'Dataset {name} in {builder.data_dir}: it is prepared as {builder.info.file_format.value}, which needs '

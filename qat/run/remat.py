@@ -54,6 +54,7 @@ def _run(forward, module, args):
   graph, params, codes, state = nnx.split(module, nnx.Param, weights.Codes, ...)
 
   def f(params, codes, state, args):
+    codes, state = jax.tree.map(lambda x: x, (codes, state))             # Variables of this trace, which may change.
     here = nnx.merge(graph, params, codes, state)
     y = forward(here, *args)
     return y, nnx.split(here, nnx.Param, weights.Codes, ...)[-1]         # Dropout counts its calls.

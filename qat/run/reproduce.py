@@ -1,10 +1,12 @@
 """Runs what a paper's page in experiments/ has no result file for, and writes the page's tables again.
 
     qat reproduce <paper> ... [--scratch runs] [--experiments experiments]
+    qat reproduce <paper> ... --scale full
 
 One run at a time, each the command that the page prints, in a folder of `scratch` that pages share. All are in one
 process, whose compiled programs serve the seeds after the first. A run that is killed goes on when the same command is
-typed again, and what has a result file is not run again.
+typed again, and what has a result file is not run again. `--scale full` runs nothing: it prints the commands of the
+paper's own setting, the hardware that they need, and what the paper reports.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 import time
 
 from qat.run import cli
+from qat.run import full_scale
 from qat.run import pages
 from qat.run import papers
 
@@ -25,7 +28,11 @@ def main(argv):
   parser.add_argument('papers', nargs='+', metavar='paper', help='a folder of experiments/')
   parser.add_argument('--scratch', default=papers.SCRATCH, help='where the runs work')
   parser.add_argument('--experiments', default='experiments', help='the folder of the pages')
+  parser.add_argument('--scale', default='small', choices=('small', 'full'), help="'full' prints the paper's setting")
   args = parser.parse_args(argv)
+  if args.scale == 'full':
+    print('\n\n'.join(full_scale.text(name, args.experiments) for name in args.papers))
+    return
   for page in [papers.load(pathlib.Path(args.experiments) / name) for name in args.papers]:
     fill(page, pathlib.Path(args.scratch).resolve())
     pages.main(page.folder)

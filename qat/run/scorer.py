@@ -6,13 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat.run import data
+from qat.run import hosts
+from qat.run import mesh
 
 
 class Scorer:
   """Means over a test set. Compiles once for each structure of model."""
 
-  def __init__(self, objective, source, batch_size):
-    self.objective, self.source, self.batch_size = objective, source, batch_size
+  def __init__(self, objective, source, batch_size, devices=mesh.ONE):
+    """`devices` is where batches are put, of mesh.py."""
+    self.objective, self.source, self.batch_size, self.devices = objective, source, batch_size, devices
     self.forward = jax.jit(self._forward, static_argnums=0)
     self.sums = jax.jit(self._sums)
     self.divergences = jax.jit(self._divergences)
@@ -37,7 +40,8 @@ class Scorer:
   def outputs(self, model):
     """Yields (outputs, batch) over the test set."""
     graphdef, arrays = nnx.split(model)
-    for batch in data.epoch(self.source, self.batch_size):
+    for batch in data.epoch(self.source, self.batch_size, self.devices.rows(self.batch_size)):
+      batch = self.devices.put(batch, self.batch_size)
       yield self.forward(graphdef, arrays, self.objective.inputs(batch)), batch
 
   def __call__(self, model):
@@ -57,7 +61,8 @@ class Scorer:
     """How the outputs of two models differ over the test set."""
     largest, agree, count = 0.0, 0, 0
     for (a, batch), (b, _) in zip(self.outputs(model), self.outputs(frozen)):
-      a, b = (np.asarray(x, np.float32)[batch['mask']] for x in (a, b))
+      a, b, mask = (hosts.fetch(x) for x in (a, b, batch['mask']))
+      a, b = (x.astype(np.float32)[mask] for x in (a, b))
       largest = max(largest, float(np.abs(a - b).max()))
       agree += int((a.argmax(-1) == b.argmax(-1)).sum())
       count += a[..., 0].size

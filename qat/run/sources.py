@@ -1,8 +1,9 @@
 """Random access to examples, a batch at a time.
 
 A source has a length and `take(indices)`, which gathers a batch: {'image': f32[b, h, w, c], 'label': i32[b]}
-or {'tokens': i32[b, t + 1]}. Batches are gathered whole because Python costs more than the copy: on 2 cores
-one example at a time, as Grain's own `batch` does it, takes 2 ms for 64 digits, and this 0.05 ms.
+or {'tokens': i32[b, t + 1]}. One that training sees otherwise, by chance, has `draw(indices, positions, seed)` as well
+(images.py); so many `threads` read batches ahead. Batches are gathered whole because Python costs more than the copy:
+on 2 cores one example at a time, as Grain's own `batch` does it, takes 2 ms for 64 digits, and this 0.05 ms.
 """
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 
 class Arrays:
   """Examples held in memory, stored as they came and converted when taken."""
+
+  threads = 0  # That read ahead: a copy in memory is faster than handing it from a thread.
 
   def __init__(self, columns, convert):
     """Holds the columns.
@@ -31,6 +34,8 @@ class Arrays:
 
 class Records:
   """Examples read from a TFDS data source as they are needed."""
+
+  threads = 2  # Reading from disk overlaps with the step.
 
   def __init__(self, data_source, keys, convert):
     """Keeps the data source, and which keys of its examples to read."""

@@ -85,7 +85,7 @@ def size_bytes(tree):
   return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
+def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None, after=None):
   """The jitted (state, batch) -> (state, metrics).
 
   A loss or gradient that is not finite leaves the state as it was before that step, and
@@ -96,8 +96,9 @@ def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
     skeleton, objective, tx: of the model, the loss, and the optimizer.
     accumulate_steps: parts of a batch, one of which is in memory at a time.
     memory: the kind of memory that the optimizer's state lives in between the steps (offload.py); None: the device's.
+    after: shardings of the results (mesh.py); None leaves them to jax.
   """
-  step = base_step(skeleton, objective, tx, accumulate_steps, memory)
+  step = base_step(skeleton, objective, tx, accumulate_steps, memory, after)
   home = offload.to(memory)
 
   def step_on(state, batch):
@@ -106,7 +107,7 @@ def train_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
   return step_on
 
 
-def base_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
+def base_step(skeleton, objective, tx, accumulate_steps=1, memory=None, after=None):
   """`train_step` as jax.jit returns it, of (state, base, batch)."""
   home, near = offload.to(memory), offload.to(memory and offload.DEVICE)
 
@@ -123,7 +124,7 @@ def base_step(skeleton, objective, tx, accumulate_steps=1, memory=None):
     state = dataclasses.replace(state, opt_state=home(state.opt_state))
     return state, dict(values, gradient_norm=norm, finite=finite)
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, **dict(out_shardings=after) if after is not None else {})
 
 
 def gradient(skeleton, objective, state, batch, accumulate_steps=1):

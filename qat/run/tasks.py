@@ -23,10 +23,12 @@ from qat.ptq import running
 from qat.ptq import stages
 from qat.run import build
 from qat.run import config as configs
+from qat.run import corpus
 from qat.run import photos
 from qat.run import published
 from qat.run import scorer
 from qat.run import sentences
+from qat.run import text_sets
 from qat.run import union
 from qat.run import verses
 
@@ -78,22 +80,51 @@ def call(model, batch):
 
 def language_model(config):
   """Perplexity of a published decoder on the address of 2021, calibrated on earlier addresses (qat/run/union.py)."""
+  network = _decoder(config)
+  c, e = config.calibration, config.eval
+  return _on_text(
+      network, config, union.calibration(network.tokenizer, config.seed, count=c.sequences, length=c.length),
+      union.evaluation(network.tokenizer, count=e.sequences, length=e.length),
+      ('the State of the Union of 2021', f'{c.sequences} x {c.length} tokens of the addresses of 1990 to 2020'))
+
+
+def corpora(config):
+  """Perplexity of a published decoder on WikiText, calibrated on C4 (qat/run/text_sets.py), as GPTQ's code has it.
+
+  That is the whole of a split in windows, and sequences at random places of documents. Difference: no token begins
+  the first window.
+  """
+  network = _decoder(config)
+  c, e = config.calibration, config.eval
+  read = lambda part: text_sets.tokens(text_sets.named(part.name), part.split, part.data_dir, network.tokenizer,
+                                       variant=part.variant, files=part.files)
+  text = np.concatenate([part.tokens for part in read(e)]).astype(np.int32)
+  whole = len(text) // e.length
+  count = min(e.sequences or whole, whole)
+  return _on_text(
+      network, config, corpus.drawn(read(c), c.sequences, c.length, config.seed),
+      text[:count * e.length].reshape(count, e.length),
+      (f'{e.name} {e.variant}, {e.split}', f'{c.sequences} x {c.length} tokens of {c.name} {c.variant}, {c.split}'))
+
+
+def _decoder(config):
+  """The Published that texts are read by."""
   network = published.load(config.pretrained, config.dtype)
   if network.tokenizer is None:
     raise ValueError(f'pretrained {config.pretrained!r} has no tokenizer beside its weights: texts cannot be read. '
                      'Put a tokenizer.json beside them.')
-  c, e = config.calibration, config.eval
-  sequences = union.calibration(network.tokenizer, config.seed, count=c.sequences, length=c.length)
-  tokens = union.evaluation(network.tokenizer, count=e.sequences, length=e.length)
-  protocol = perplexity.Protocol('the State of the Union of 2021', e.sequences, e.length, e.length)
-  decoder = network.model.config
+  return network
+
+
+def _on_text(network, config, sequences, tokens, said):
+  """The Task of a decoder; `said` are the text of `tokens` and that of the `sequences` for calibration, in words."""
+  protocol = perplexity.Protocol(said[0], *tokens.shape, tokens.shape[1])
   return Task(
-      model=network.model, batches=split(c.batch_size, sequences),
+      model=network.model, batches=split(config.calibration.batch_size, sequences),
       evaluate=lambda model: numbers(agreement.on_text(
           *(streamed(m, tokens[:1]) for m in (network.model, model)), tokens, protocol)),
-      about=dict(base=network.facts['base'], perplexity=str(protocol),
-                 calibration=f'{c.sequences} x {c.length} tokens of the addresses of 1990 to 2020, seed {config.seed}'),
-      links=(links.GATED, links.heads(decoder.head_dim)), loss=next_token)
+      about=dict(base=network.facts['base'], perplexity=str(protocol), calibration=f'{said[1]}, seed {config.seed}'),
+      links=(links.GATED, links.heads(network.model.config.head_dim)), loss=next_token)
 
 
 def retrieval(config):
@@ -163,7 +194,7 @@ def trained(config):
                                'mean_kl': score.mean_kl(model, frozen)},
       about=dict(base=f'{before.model.name} of {config.pretrained}', test=f'{before.data.name} {before.data.test}',
                  calibration=f'{size} training examples, seed {config.seed}'),
-      loss=next_token if before.objective == 'language' else own_class)
+      loss=next_token if before.objective in ('language', 'next_token') else own_class)
 
 
 def numbers(found):

@@ -17,6 +17,7 @@ import numpy as np
 from qat.run import chat
 from qat.run import names
 from qat.run import packing
+from qat.run import text_sets
 from qat.run import union as addresses
 from qat.run import verses
 
@@ -84,6 +85,12 @@ def king_james(split, reader):
   return [reader.text('\n'.join(chapter)) for chapter in chapters.values()]
 
 
+def wikitext(split, reader, data_dir=None, variant='wikitext-2-raw-v1'):
+  """The articles of WikiText, and its test in one (qat/run/text_sets.py)."""
+  shards = text_sets.shards(text_sets.WIKITEXT, split, data_dir, variant)
+  return [reader.text(text) for shard in shards for text in shard.texts()]
+
+
 def file(split, reader, train='', test=''):
   """The user's own file of each split."""
   name = dict(train=train, test=test)[split]
@@ -120,4 +127,4 @@ def _line(line, reader, where):
     raise ValueError(f'{where}: {error}') from error
 
 
-TEXTS = dict(union=union, king_james=king_james, file=file)
+TEXTS = dict(union=union, king_james=king_james, wikitext=wikitext, file=file)

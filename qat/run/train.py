@@ -1,6 +1,7 @@
 """Trains a network, in floats or quantized, and goes on from where it was stopped.
 
     qat train --config configs/<file>.py[:arg] --workdir <dir> [--config.<leaf>=<value>]
+    qat train --plan --config configs/<file>.py[:arg]
 
 Leaves in workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, result.json, report.html.
 The same command goes on with a run that was stopped, to the same bytes.
@@ -13,6 +14,8 @@ from qat.run import build
 from qat.run import checkpoint
 from qat.run import config as configs
 from qat.run import data
+from qat.run import hosts
+from qat.run import mesh
 from qat.run import metrics
 from qat.run import nonfinite
 from qat.run import progress
@@ -28,11 +31,13 @@ def main(config, workdir):
   began, origin = time.monotonic(), provenance.provenance()
   # ------------------------------------------------------------------------ where
   configs.check_counts(config)
+  devices = mesh.make(config)
   workdir = workdirs.begin(workdir, config)
 
   # ------------------------------------------------------------------------ data, model, quantizers, optimizer
-  run = build.run(config)
-  batches = data.batches(run.train, config.data.batch_size, seed=config.seed)
+  run = build.run(config, devices)
+  batches = data.batches(run.train, config.data.batch_size, config.seed, rows=devices.rows(config.data.batch_size))
+  placed = mesh.say(devices.facts(parameters=run.state.params, optimizer=run.state.opt_state))
 
   # ------------------------------------------------------------------------ go on, or begin
   state, seconds_before = run.state, 0.0
@@ -44,7 +49,8 @@ def main(config, workdir):
   seconds = lambda: seconds_before + time.monotonic() - began
 
   # ------------------------------------------------------------------------ train
-  with stop.Stop() as stopped:
+  with stop.Stop() as heard:
+    stopped = hosts.Together(heard)
     state = Loop(run, workdir, batches, seconds)(state, stopped)
   if int(state.step) < config.total_steps:
     print(f'{stopped.asked.name}: saved at step {int(state.step)} of {config.total_steps}. '
@@ -56,7 +62,10 @@ def main(config, workdir):
   result = dict(config=configs.plain(config), seed=config.seed, steps=config.total_steps,
                 metrics=run.scorer(model), best_step=checkpoint.best_step(workdir, run.objective.score),
                 **build.facts(run, model), optimizer_bytes=states.size_bytes(state.opt_state), wall_seconds=seconds(),
-                peak_memory_bytes=provenance.peak_memory_bytes(), **origin)
+                peak_memory_bytes=provenance.peak_memory_bytes(), **placed, **origin)
+  model = hosts.local_model(model)
+  if not hosts.is_first():
+    return
   provenance.save(workdir / 'result.json', result)
   page = report.write(workdir, result, model)
   print(f'{report.line(result)}\n{page}\n{workdir / "result.json"}', flush=True)
@@ -73,18 +82,19 @@ class Loop:
     self.run, self.workdir, self.batches, self.seconds = run, workdir, batches, seconds
     self.config = run.config
     self.step_on = states.train_step(
-        run.skeleton, run.objective, run.tx, self.config.optimizer.accumulate_steps, run.memory)
+        run.skeleton, run.objective, run.tx, self.config.optimizer.accumulate_steps, run.memory,
+        run.devices.after(run.state, run.memory))
 
   def __call__(self, state, stopped):
     """The state after `total_steps`, or after the step in which `stopped` became true."""
     c, step = self.config, int(state.step)
     score = self.run.objective.score
     with (checkpoint.Checkpoints(self.workdir, score, c.keep_checkpoints) as self.checkpoints,
-          metrics.Metrics(self.workdir, step, c) as self.metrics,
+          metrics.Metrics(self.workdir, step, c) if hosts.is_first() else metrics.Silent() as self.metrics,
           progress.bar(c.total_steps, step, c.log_every_seconds) as self.bar):
       late = None  # The last step, not looked at yet: looking waits for the device.
       while step < c.total_steps and not stopped:
-        batch = next(self.batches)
+        batch = self.run.devices.put(next(self.batches), c.data.batch_size)
         state, values = self.step_on(state, batch)
         step += 1
         if late:

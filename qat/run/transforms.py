@@ -12,6 +12,7 @@ import re
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from qat.core import hadamard
 from qat.nn import calls
@@ -183,6 +184,23 @@ def scales(model, floats, task, steps=200, rate=1e-3, distance='kl'):
   return end_to_end.tune(model, floats, task.examples(), tasks.call, settings)[0]
 
 
+def outliers(model, task, recipe, channels=3, factor=100.0, seed=0):
+  """Makes outliers to try the others on: some channels of what norms give grow by `factor`.
+
+  Rows that read them shrink by as much. SmoothQuant undoes that exactly, so that what it regains is no evidence of what
+  it does under outliers that a network has of itself.
+  """
+  found = links.find(model, *task.batches[0])
+  if not found:
+    raise ValueError("transform 'outliers': no norm of this network is read by linear layers alone. Leave it out.")
+  smaller = {}
+  for link, key in zip(found, jax.random.split(jax.random.key(seed), len(found))):
+    shape = links.size(model, link)
+    few = jax.random.choice(key, shape[-1], (channels,), replace=False)
+    smaller[link] = jnp.ones(shape).at[..., few].set(1 / factor)
+  return links.rescale(model, smaller)
+
+
 def linked(model, task):
   """The links of a network: those that tracing sees, and those of the task that it has."""
   args = task.batches[0]
@@ -192,7 +210,7 @@ def linked(model, task):
 
 
 BEFORE = dict(smooth=smooth, smooth_inputs=smooth_inputs, rotate=rotate, spin=spin, equalize=equalize, let=let,
-              incoherence=incoherence)
+              incoherence=incoherence, outliers=outliers)
 AFTER = dict(bias_correction=bias_correction, scales=scales)
 TRANSFORMS = BEFORE | AFTER
 GIVEN = 3  # The arguments of each that are no options.

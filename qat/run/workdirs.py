@@ -6,6 +6,7 @@ import tempfile
 
 from qat.run import checkpoint
 from qat.run import config as configs
+from qat.run import hosts
 from qat.run import metrics
 
 
@@ -25,5 +26,6 @@ def begin(workdir, config):
                      'Choose a folder that you own, or ask for write permission.') from error
   if any(checkpoint.steps(folder) for folder in (workdir, workdir / 'solved')):  # Else there is nothing to go on with.
     configs.check_same(config, workdir)
-  metrics.write(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
+  if hosts.is_first():
+    metrics.write(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
   return workdir

@@ -8,10 +8,12 @@ import signal
 import shlex
 import subprocess
 import time
+import types
 
 import pytest
 
 from launch import job as values
+from launch import local
 from launch import slurm
 from tests.launch import sweeps
 
@@ -77,6 +79,33 @@ def test_the_sbatch_script(tmp_path, capfd):
   assert script.startswith('#!/bin/bash\n') and "# which runs: sh -c 'echo hi'" in script
   subprocess.run(['bash', '-n'], input=script, text=True, check=True)
   assert not (tmp_path / 'bits=2-0f').exists()
+
+
+def test_a_job_of_many_processes(tmp_path, capfd):
+  resources = values.Resources(gpus=8, options=dict(nodes=2, ntasks_per_node=8))
+  assert slurm.launch([shell(tmp_path, 'a', 'echo hi')], resources, dry_run=True) == {}
+  assert {'nodes': '2', 'ntasks-per-node': '8', 'gpus-per-node': '8'}.items() <= flags(capfd.readouterr().out).items()
+  engine = slurm.Slurm(resources)
+  assert engine.count == 16 and slurm.Slurm(CLUSTER).count == 1
+
+  class Ended:
+    """Stands in for submitit's Job of processes that have ended with these codes."""
+    def __init__(self, codes):
+      self.codes, self.num_tasks, self.job_id = codes, len(codes), '1'
+      self.paths = types.SimpleNamespace(result_pickle=tmp_path)
+
+    def task(self, i):
+      return types.SimpleNamespace(paths=self.paths, result=lambda: self.codes[i])
+
+  assert [engine.code(Ended(codes)) for codes in ([0, 0], [values.LOST, 2], [0, values.LOST])] == [0, 2, values.LOST]
+
+
+def test_each_process_of_a_job_has_its_own_lock(tmp_path, monkeypatch):
+  monkeypatch.setenv('SLURM_PROCID', '3')
+  word = 'test -f run.3.lock && test ! -f run.lock && echo $LAUNCH_TASK'
+  job = shell(tmp_path, 'a', f'cd {tmp_path}/a && {word}')
+  task = slurm.Task(local.wrapped(job, parent=None), str(tmp_path / 'log'), str(tmp_path), together=True)
+  assert task() == 0 and (tmp_path / 'log').read_text().splitlines()[-1] == '3'
 
 
 def test_no_cluster_is_told(tmp_path):

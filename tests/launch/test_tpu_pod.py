@@ -19,7 +19,7 @@ def test_dry_run_prints_the_command_of_each_pod(capfd):
   assert [words[5] for words in lines] == ['v5e-a', 'v5e-b', 'v5e-a']
   assert lines[0] == [
       'gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'v5e-a', '--zone=us-west4-a', '--project=lab', '--worker=all',
-      '--command=cd ~/qat && . .venv/bin/activate && exec flock /tmp/launch.lock '
+      '--command=cd ~/qat && . .venv/bin/activate && exec env QAT_COORDINATOR=auto flock /tmp/launch.lock '
       'qat train --config configs/mnist.py --workdir /mnt/runs/0']
 
 

@@ -98,3 +98,20 @@ def test_groups_of_inputs_multiply_in_floats():
   model = qat.quantize(nnx.Linear(64, 4, rngs=nnx.Rngs(0)), (rule,))
   want = vars(model)['quantizers'].input(X) @ model.kernel[...]
   np.testing.assert_allclose(model(X), want, rtol=1e-5, atol=1e-5)
+
+
+def test_fp8_is_multiplied_where_the_device_can(monkeypatch):
+  """In training and in serving alike, with the numbers of decoded operands but for the order of rounding."""
+  fp8 = lambda block: STE(qat.Spec(qat.formats.FP8_E4M3, block))
+  floats = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+  model = qat.quantize(floats, [qat.Rule('.*', fp8(specs.CHANNEL), fp8(specs.TOKEN))])
+  decoded = model(X)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  for m in (model, qat.freeze(model)):
+    assert '(tensor<8x64xf8E4M3FN>, tensor<64x32xf8E4M3FN>) -> tensor<8x32xf32>' in lowered(m, X).as_text()
+  np.testing.assert_array_equal(nnx.jit(lambda m: m(X))(model), nnx.jit(lambda m: m(X))(qat.freeze(model)))
+  np.testing.assert_allclose(model(X), decoded, rtol=1e-5, atol=1e-5)
+  loss = lambda m: jnp.sum(jnp.sin(m(X)))
+  gradient = nnx.grad(loss)(model)['kernel'][...]
+  monkeypatch.undo()
+  np.testing.assert_allclose(gradient, nnx.grad(loss)(model)['kernel'][...], rtol=1e-4, atol=1e-5)

@@ -79,3 +79,10 @@ def test_each_matrix_of_a_stack_has_steps_of_its_own():
 def test_a_grid_with_a_zero_is_refused():
   with pytest.raises(ValueError, match='LSQ learns a scale alone. Drop the zero, or use Static'):
     lsq.LSQ(specs.affine(4, specs.TENSOR))
+
+
+@pytest.mark.parametrize('scale, g', [
+    (lsq.paper_gradient_scale, 1 / np.sqrt(50 * 7)), (lsq.by_numbers, 1 / np.sqrt(50)), (lsq.unscaled, 1.0)])
+def test_the_gradient_scales_of_the_ablation(scale, g):
+  """Of 4 steps of 50 numbers each, at 4 bits."""
+  assert scale(200, 4, specs.integer(4, specs.CHANNEL)) == pytest.approx(g)

@@ -75,6 +75,18 @@ def test_equal_commands_share_a_workdir_and_no_others(tmp_path):
   assert slower.command('w1', 0).workdir() != page.command('w1', 0).workdir()   # Its float network is another.
 
 
+def test_a_merge_is_beside_what_it_merges(tmp_path):
+  lora = "'lora': dict(row='LoRA', program='finetune', config='LORA:workdir={float}'),"
+  merge = "'merged': dict(row='merged', program='merge', config='{lora}', set={'into': 'grid', 'method': 'rtn'})}"
+  source = PAGE.replace('recipe=w4a16\')}', f"recipe=w4a16'),\n    {lora}\n    {merge}")
+  command = papers.load(folder(tmp_path, source)).command('merged', 1)
+  tuned = command.needs['lora']
+  assert str(command) == f'qat merge --workdir {tuned.workdir()} --into=grid --method=rtn'
+  assert command.workdir('/here') == f'{tuned.workdir("/here")}/merged/grid_rtn' and tuned.seed == 1
+  with pytest.raises(ValueError, match='the flags of qat merge'):
+    papers.load(folder(tmp_path / 'b', source.replace("'into'", "'inot'")))
+
+
 def test_result_files_hold_no_path_of_the_machine_and_go_by_their_command(filled):
   text = filled.path('w4').read_text()
   assert '/somewhere' not in text and '"runs/train_1"' in text and 'peak_memory' not in text

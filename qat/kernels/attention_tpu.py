@@ -1,0 +1,86 @@
+"""Decoding attention over a cache in codes on TPU, with the online softmax of FlashAttention.
+
+Dao et al. FlashAttention, NeurIPS 2022, Alg. 1. https://arxiv.org/abs/2205.14135. A grid step reads a run of tokens of
+one head's keys and values; a running maximum, sum and output stay in VMEM. The query and the probabilities are
+multiplied in bfloat16.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qat.core import formats, qarray
+from qat.kernels import attention
+
+LANES = 128
+TOKENS = 512  # Of a grid step.
+
+
+def unsupported(query, keys, values):
+  """Why this kernel does not run, or None."""
+  if why := attention.unsupported(query, keys, values):
+    return why
+  if any(isinstance(c.spec.format, formats.Float) and c.spec.format.dtype is None for c in (keys, values)):
+    return f'{keys.spec.format} has no type on TPU'
+  if keys.shape[1] % LANES or keys.shape[2] % LANES:
+    return f'keys of shape {keys.shape} are not of whole tiles of {LANES} tokens by {LANES}'
+  return None
+
+
+def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) -> Float[Array, 'h g d']:
+  """attention.decode(query, keys, values, length)."""
+  if why := unsupported(query, keys, values):
+    raise NotImplementedError(f'Attention over a cache in codes by the TPU kernel: {why}. Use attention.decode.')
+  h, g, d = query.shape
+  t = keys.shape[1]
+  run = next(r for r in (TOKENS, 256, LANES) if t % r == 0)
+  group = -(-g // 16) * 16                                               # A tile of bfloat16.
+  q = (query.astype(jnp.float32) * jnp.float32(d**-0.5)).astype(jnp.bfloat16)
+  q = jnp.pad(q, ((0, 0), (0, group - g), (0, 0)))
+  scale = lambda c: jnp.swapaxes(qarray.decode(c.scale), 1, 2)           # [h, 1, t]
+  of_head = pl.BlockSpec((None, group, d), lambda i, j, n: (i, 0, 0))
+  of_tokens = pl.BlockSpec((None, run, d), lambda i, j, n: (i, j, 0))
+  of_scales = pl.BlockSpec((None, 1, run), lambda i, j, n: (i, 0, j))
+  y = pl.pallas_call(
+      functools.partial(_kernel, run), jax.ShapeDtypeStruct((h, group, d), jnp.float32),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1, grid=(h, t // run), in_specs=[of_head, of_tokens, of_scales, of_tokens, of_scales],
+          out_specs=of_head, scratch_shapes=[pltpu.VMEM((group, LANES), jnp.float32)] * 2
+          + [pltpu.VMEM((group, d), jnp.float32)]),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')), interpret=interpret,
+      name='attention')(jnp.asarray(length, jnp.int32).reshape(1), q, keys.codes, scale(keys), values.codes,
+                        scale(values))
+  return qarray.cast(y[:, :g], query.dtype)
+
+
+def _kernel(run, length, q, keys, key_scale, values, value_scale, y, most, total, out):
+  j = pl.program_id(1)
+
+  @pl.when(j == 0)
+  def _():
+    most[...] = jnp.full_like(most, -jnp.inf)
+    total[...] = jnp.zeros_like(total)
+    out[...] = jnp.zeros_like(out)
+
+  @pl.when(j * run < length[0])
+  def _():
+    scores = jax.lax.dot_general(q[...], keys[...].astype(jnp.bfloat16), (((1,), (1,)), ((), ())),
+                                 preferred_element_type=jnp.float32) * key_scale[...]
+    token = j * run + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    scores = jnp.where(token < length[0], scores, -jnp.inf)
+    before = most[:, :1]
+    m = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    p, shrink = jnp.exp(scores - m), jnp.exp(before - m)
+    most[...] = jnp.broadcast_to(m, most.shape)
+    total[...] = total[...] * shrink + jnp.sum(p, axis=1, keepdims=True)
+    weighted = jnp.dot((p * value_scale[...]).astype(jnp.bfloat16), values[...].astype(jnp.bfloat16),
+                       preferred_element_type=jnp.float32)
+    out[...] = out[...] * shrink + weighted
+
+  @pl.when(j == pl.num_programs(1) - 1)
+  def _():
+    y[...] = out[...] / total[:, :1]

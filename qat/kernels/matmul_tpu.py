@@ -1,0 +1,261 @@
+"""Products with a weight in codes on TPU, in Pallas Mosaic.
+
+A grid step reads a tile of codes and of scales, and adds to an accumulator in VMEM. With few rows the scales multiply
+each group's product, one multiplication a group and output; with many they go into the weight, one a weight, which
+leaves one product of all groups. XLA adds what offsets (zero points, minimums) contribute: the sums of the groups of x
+times the offsets, a product G / k the size.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from qat.core import blocks, formats, qarray
+from qat.kernels import groups as groups_, prepared
+
+LAYOUT = 'tpu/1'
+LANES, SUBLANES = 128, 8
+VMEM_BYTES = 48 * 2**20  # Of the 64 MiB of the smallest chip (tpu7x), what a kernel may ask for.
+FEW_ROWS = 64            # Up to here a scale after each group's product takes fewer bundles than one in the weight.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Of the product [rows, inputs] x [inputs, outputs] of a grid step."""
+  rows: int
+  outputs: int
+  inputs: int
+
+
+def unsupported(x, w, tiles=None):
+  """Why x @ w does not run here, or None. Asks no device.
+
+  Args:
+    x: float[m, k] or QArray[m, k].
+    w: QArray[k, n] or Prepared; arrays may be shapes only.
+    tiles: chosen by `heuristic` if not given.
+  """
+  m, k = x.shape
+  if why := _unsupported_grid(w.spec, w.shape) or _unsupported_input(x, w):
+    return why
+  size = groups_.group_size(w.spec, w.shape)
+  tiles = tiles or heuristic(m, k, w.shape[-1], size)
+  if tiles is None or k % tiles.inputs:
+    return f'no tile of inputs, of whole groups of {size} by {SUBLANES} and of {LANES}, divides {k}'
+  return None
+
+
+def matmul(x, p, tiles=None, interpret=False):
+  """x @ w.
+
+  Args:
+    x: bf16[m, k] or QArray[m, k].
+    p: Prepared[k, n].
+    tiles: chosen by `heuristic` if not given.
+    interpret: True, or a pltpu.InterpretParams, runs the kernel without a TPU.
+
+  Returns:
+    [m, n], in the dtype of x, or f32 for a QArray.
+  """
+  (m, k), n = x.shape, p.shape[-1]
+  scale = p.arrays['scale']
+  size = k // scale.shape[0]
+  tiles = tiles or heuristic(m, k, n, size)
+  codes = x.codes if isinstance(x, qarray.QArray) else x
+  operand = codes.astype(jnp.int8) if codes.dtype == jnp.int4 else codes
+  out = jnp.float32 if isinstance(x, qarray.QArray) or 'offset' in p.arrays else x.dtype
+  y = _call(operand, p.arrays['codes'], scale, p.spec.format, out, tiles, interpret)
+  if 'offset' in p.arrays:
+    y = y + jnp.dot(groups_.sums(codes, size), p.arrays['offset'], precision=jax.lax.Precision.HIGHEST)
+  if isinstance(x, qarray.QArray):
+    return y * qarray.decode(x.scale).reshape(-1, 1)
+  return qarray.cast(y, x.dtype)
+
+
+def _unsupported_grid(spec, shape):
+  """Why a weight cannot be prepared, or None."""
+  size = groups_.group_size(spec, shape)
+  if isinstance(size, str):
+    return size
+  if isinstance(spec.format, formats.Float) and spec.format.dtype is None:
+    return f'{spec.format} has no type on TPU'
+  if isinstance(spec.format, formats.Codebook) and spec.format.bits > 4:
+    return f'{spec.format} has {len(spec.format.values)} levels; tables of 16 are looked up'
+  if isinstance(spec.format, formats.Float) and spec.format.bits > 8:
+    return f'{spec.format} is no low-bit format'
+  return None
+
+
+def _unsupported_input(x, w):
+  """Why an input cannot be multiplied, or None."""
+  if not isinstance(x, qarray.QArray):
+    return None if x.dtype == jnp.bfloat16 else f'the input is {x.dtype}; the MXU multiplies bfloat16'
+  whole = isinstance(x.spec.format, formats.Int) and x.spec.format.signed
+  if x.zero is not None or x.spec.block is None or not (whole or x.spec.format in (formats.FP8_E4M3, formats.FP8_E5M2)):
+    return f'the input is on {x.spec}; the MXU multiplies signed integers and fp8 without zero points'
+  if isinstance(x.spec.block, blocks.Flat) or blocks.scale_shape(x.spec.block, x.shape)[-1] != 1:
+    return f'the input has scales in blocks {x.spec.block}, and not one a row'
+  if whole != isinstance(w.spec.format, formats.Int):
+    return f'{x.spec.format} does not multiply {w.spec.format}'
+  return None
+
+
+def prepare(q, fp4=None):
+  """A QArray[k, n] for these kernels: codes of up to 4 bits in 4, scales and offsets f32[G, n].
+
+  Args:
+    q: the weight.
+    fp4: whether the chip loads fp4, as tpu7x alone does; of this process' default device if not given. Others read
+      twice its numbers as int8: twice the bytes, and no lookup.
+  """
+  w = groups_.of(q)
+  codes, scale, offset = w.codes, w.scale, w.offset
+  if isinstance(w.format, formats.Codebook) or (isinstance(w.format, formats.Int) and 7 < w.format.max < 16):
+    codes = codes.astype(jnp.uint4)
+  elif isinstance(w.format, formats.Int) and w.format.max > 127:         # Down by 128, to be int8.
+    codes = (codes.astype(jnp.int32) - 128).astype(jnp.int8)
+    offset = 128 * scale + (0 if offset is None else offset)
+  elif w.format == formats.FP4_E2M1 and not (_loads_fp4() if fp4 is None else fp4):
+    codes, scale = (2 * w.format.decode(codes)).astype(jnp.int8), scale / 2
+  arrays = {'codes': codes, 'scale': scale} | ({} if offset is None else {'offset': offset})
+  return prepared.Prepared(arrays, q.spec, q.shape, LAYOUT)
+
+
+def _loads_fp4():
+  return jax.devices()[0].device_kind.lower().replace(' ', '').startswith('tpu7')
+
+
+def heuristic(m, k, n, size):
+  """Tiles for a product, or None if no tile of inputs divides k."""
+  rows = min(-(-m // 16) * 16, 256)
+  outputs = n if n <= LANES else min(1024, n // LANES * LANES)
+  step = math.lcm(LANES, size * SUBLANES) if size < k else LANES
+  fits = [t for t in range(step, min(k, 2048) + 1, step) if k % t == 0]
+  if fits:
+    return Tiles(rows, outputs, fits[-1])
+  return Tiles(rows, outputs, k) if k * outputs <= 8 * 2**20 else None
+
+
+def candidates(m, p):
+  """Tiles that fit m rows by a Prepared weight, the heuristic's first."""
+  k, n = p.shape
+  size = k // p.arrays['scale'].shape[0]
+  first = heuristic(m, k, n, size)
+  step = math.lcm(LANES, size * SUBLANES) if size < k else LANES
+  inputs = [t for t in range(step, min(k, 4096) + 1, step) if k % t == 0]
+  found = [Tiles(first.rows, b, c) for b in (256, 512, 1024, 2048) if b <= n for c in inputs if 2**18 <= b * c <= 2**22]
+  return [first, *(t for t in found if t != first)]
+
+
+def _call(x, codes, scale, format, out, tiles, interpret):
+  (m, k), n = x.shape, codes.shape[-1]
+  size = k // scale.shape[0]
+  a, b, c = tiles.rows, tiles.outputs, tiles.inputs
+  scales = max(c // size, 1)
+  exact = jnp.issubdtype(x.dtype, jnp.integer)
+  body = functools.partial(_whole if size == k else _after if _scales_after(m, size, exact) else _before,
+                           levels=_levels(format), size=size)
+  bits = prepared.bits(codes.dtype)
+  return pl.pallas_call(
+      body, jax.ShapeDtypeStruct((m, n), out), grid=(pl.cdiv(m, a), pl.cdiv(n, b), k // c),
+      in_specs=[pl.BlockSpec((a, c), lambda i, j, l: (i, l)), pl.BlockSpec((c, b), lambda i, j, l: (l, j)),
+                pl.BlockSpec((scales, b), lambda i, j, l: (l if size < k else 0, j))],
+      out_specs=pl.BlockSpec((a, b), lambda i, j, l: (i, j)),
+      scratch_shapes=[pltpu.VMEM((a, b), jnp.int32 if exact and size == k else jnp.float32)],
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+                                           vmem_limit_bytes=VMEM_BYTES),
+      cost_estimate=pl.CostEstimate(flops=2 * m * k * n, transcendentals=0,
+                                    bytes_accessed=k * n * bits // 8 + 4 * scale.size + x.nbytes + 4 * m * n),
+      interpret=interpret, name=f'matmul_{format}'.lower())(x, codes, scale)
+
+
+def _scales_after(m, size, exact):
+  """Whether scales multiply each group's product. Groups narrower than the MXU would leave it mostly empty."""
+  return exact or (m <= FEW_ROWS and size >= LANES)
+
+
+def _levels(format):
+  """The 16 numbers of a format of codes that index a table, or None."""
+  return format.values + (0.0,) * (16 - len(format.values)) if isinstance(format, formats.Codebook) else None
+
+
+def _values(codes, like, levels):
+  """Codes as numbers in the dtype of the input: [c, b] -> [c, b]."""
+  if levels is None:
+    return codes.astype(like)
+  return _look_up(codes.astype(jnp.int32), levels).astype(like)
+
+
+def _look_up(index, levels):
+  """levels[index] by a gather among the 128 lanes of a table's row."""
+  table = jnp.zeros((1, LANES), jnp.float32)
+  lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+  for i, level in enumerate(levels):
+    table = jnp.where(lane == i, jnp.float32(level), table)
+  table = jnp.broadcast_to(table, (index.shape[0], LANES))
+  columns = [jnp.take_along_axis(table, index[:, i:i + LANES], axis=1) for i in range(0, index.shape[1], LANES)]
+  return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
+
+
+def _dot(x, w):
+  kind = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+  return jnp.dot(x, w, preferred_element_type=kind)
+
+
+def _accumulate(acc, add, finish):
+  """The first step of inputs clears the accumulator, the last writes `finish(acc)`."""
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    acc[...] = jnp.zeros_like(acc)
+
+  acc[...] = add(acc[...])
+
+  @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+  def _():
+    finish(acc[...])
+
+
+def _whole(x, codes, scale, y, acc, *, levels, size):
+  """One scale an output: after the sum."""
+  del size
+  finish = lambda total: y.__setitem__(..., (total.astype(jnp.float32) * scale[...]).astype(y.dtype))
+  _accumulate(acc, lambda total: total + _dot(x[...], _values(codes[...], x.dtype, levels)), finish)
+
+
+def _after(x, codes, scale, y, acc, *, levels, size):
+  """Scales after the product of each group."""
+  def add(total):
+    for g in range(scale.shape[0]):
+      rows = pl.ds(g * size, size)
+      part = _dot(x[:, rows], _values(codes[rows, :], x.dtype, levels))
+      total += part.astype(jnp.float32) * scale[pl.ds(g, 1), :]
+    return total
+
+  _accumulate(acc, add, lambda total: y.__setitem__(..., total.astype(y.dtype)))
+
+
+def _before(x, codes, scale, y, acc, *, levels, size):
+  """Scales into the weight, which is rounded to the dtype of x, and one product of all groups."""
+  def add(total):
+    c, b = codes.shape
+    w = _values(codes[...], jnp.float32, levels).reshape(c // size, size, b) * scale[...][:, None]
+    return total + _dot(x[...], w.astype(x.dtype).reshape(c, b))
+
+  _accumulate(acc, add, lambda total: y.__setitem__(..., total.astype(y.dtype)))
+
+
+def decode(p, dtype):
+  """The numbers of a Prepared: dtype[k, n]."""
+  codes, scale = p.arrays['codes'], p.arrays['scale']
+  size = p.shape[0] // scale.shape[0]
+  levels = _levels(p.spec.format)
+  value = codes.astype(jnp.float32) if levels is None else jnp.asarray(levels, jnp.float32)[codes.astype(jnp.int32)]
+  w = qarray.exact(value.reshape(-1, size, p.shape[1]) * scale[:, None])
+  if 'offset' in p.arrays:
+    w = w + p.arrays['offset'][:, None]
+  return qarray.cast(w.reshape(p.shape), dtype)

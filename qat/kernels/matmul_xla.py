@@ -1,0 +1,141 @@
+"""The definition of a product with a weight on a grid, in plain XLA, and two forms of it that keep the weight in codes.
+
+All are x @ decode(q), summed in f32. They differ in rounding: `decoded` rounds each weight to the dtype of x first,
+`grouped` multiplies by the scales after the sum over a group.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qat.core import formats, qarray
+from qat.kernels import float8, groups as groups_, integer
+
+
+def decoded(x, q):
+  """x @ decode(q), the definition.
+
+  Args:
+    x: float[*batch, *rows, k].
+    q: QArray[*batch, k, n].
+
+  Returns:
+    [*batch, *rows, n], in the dtype of x.
+  """
+  return qarray.cast(_dot(x, numbers(q, x.dtype), (x.ndim - 1, q.ndim - 2)), x.dtype)
+
+
+def transposed(dy, w):
+  """dy @ w^T, the gradient of x: [*batch, *rows, n], [*batch, k, n] -> [*batch, *rows, k], in the dtype of dy."""
+  return qarray.cast(_dot(dy, w, (dy.ndim - 1, w.ndim - 1)), dy.dtype)
+
+
+def numbers(q, dtype):
+  """decode(q) for stacked matrices, whose Flat blocks know two axes: dtype[*lead, k, n]."""
+  decode = lambda q: qarray.decode(q, dtype)
+  for _ in range(q.ndim - 2):
+    decode = jax.vmap(decode)
+  return decode(q)
+
+
+def _dot(x, w, contract):
+  batch = tuple(range(w.ndim - 2))
+  dims = (tuple((axis,) for axis in contract), (batch, batch))
+  return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def grouped(x, q):
+  """x @ decode(q) with groups as a batch axis and scales after the sums: no decoded weight on GPUs.
+
+  XLA fuses the cast of the codes into the product, and the scales into the sum over groups. It writes f32[G, m, n],
+  which is less than the weight in bf16 while m G is less than k / 2.
+
+  Args:
+    x: float[*rows, k].
+    q: QArray[k, n], in groups of inputs.
+
+  Returns:
+    [*rows, n], in the dtype of x.
+  """
+  w = groups_.of(q)
+  k, n = w.shape
+  rows = math.prod(x.shape[:-1])
+  xg = x.reshape(rows, k // w.size, w.size)                              # [m, G, g]
+  codes = values(w, x.dtype).reshape(k // w.size, w.size, n)             # [G, g, n]
+  partial = jax.lax.dot_general(xg, codes, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)
+  y = jnp.sum(partial * w.scale[:, None], axis=0)                        # [G, m, n] -> [m, n]
+  if w.offset is not None:
+    y = y + groups_.sums(xg.reshape(rows, k), w.size) @ w.offset
+  return qarray.cast(y, x.dtype).reshape(*x.shape[:-1], n)
+
+
+def values(w, dtype):
+  """What the codes stand for in the format's units, in `dtype`: integers of 8 bits are exact in bfloat16."""
+  if isinstance(w.format, (formats.Int, formats.Binary)):
+    return w.codes.astype(dtype)
+  return w.format.decode(w.codes).astype(dtype)
+
+
+def best(x, q):
+  """x @ decode(q), in the form that is fast on this process' default device."""
+  if jax.default_backend() != 'gpu' or q.ndim != 2:                      # XLA on TPU fuses the decoding.
+    return decoded(x, q)
+  size = groups_.group_size(q.spec, q.shape)
+  rows, k = math.prod(x.shape[:-1]), x.shape[-1]
+  few = not isinstance(size, str) and 4 * rows * (k // size) < k         # f32[G, m, n] against codes of 8 bits.
+  return grouped(x, q) if few else decoded(x, q)
+
+
+def codes_by_codes(x, w):
+  """x @ w of two QArrays, in the units of their codes as far as their scales let it.
+
+  Args:
+    x: QArray[m, k].
+    w: QArray[k, n].
+
+  Returns:
+    f32[m, n].
+  """
+  if integer.fits(x, -1) and integer.fits(w, -2):
+    return integer.matmul(x, w)
+  if float8.fits(x, -1) and float8.fits(w, -2):
+    return float8.matmul(x, w)
+  if integer.fits(x, -1) and x.zero is None and x.spec.format.max <= 127 and _is_whole(w):
+    return _integer_groups(x, w)
+  return decoded(qarray.decode(x), w)
+
+
+def _is_whole(w):
+  return isinstance(w.spec.format, formats.Int | formats.Binary) and not isinstance(
+      groups_.group_size(w.spec, w.shape), str)
+
+
+def _integer_groups(x, w):
+  """Exact int32 sums of each group, then the scales: [m, k], [k, n] -> f32[m, n]."""
+  g = groups_.of(w)
+  (m, k), n = x.shape, w.shape[-1]
+  down = 128 if g.format.max > 127 else 0                                # Unsigned 8 bits do not fit in int8.
+  a = x.codes.astype(jnp.int8).reshape(m, k // g.size, g.size)           # [m, G, g]
+  b = (g.codes.astype(jnp.int32) - down).astype(jnp.int8).reshape(k // g.size, g.size, n)
+  part = jax.lax.dot_general(a, b, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.int32)
+  part = part + down * jnp.sum(a, axis=2, dtype=jnp.int32).T[:, :, None]  # [G, m, n]
+  y = jnp.sum(part.astype(jnp.float32) * g.scale[:, None], axis=0)
+  if g.offset is not None:
+    y = y + groups_.sums(x.codes, g.size) @ g.offset
+  return qarray.exact(y) * qarray.decode(x.scale).reshape(-1, 1)
+
+
+def ragged(x, q, sizes):
+  """Rows by their experts: x[i] @ decode(q)[e], where rows are sorted by expert and `sizes` counts them.
+
+  Args:
+    x: float[m, k].
+    q: QArray[e, k, n].
+    sizes: i32[e], which add up to m.
+
+  Returns:
+    [m, n], in the dtype of x.
+  """
+  y = jax.lax.ragged_dot(x, numbers(q, x.dtype), sizes, preferred_element_type=jnp.float32)
+  return qarray.cast(y, x.dtype)

@@ -1,0 +1,98 @@
+"""Products to compile for GPUs: each name gives a function that returns (function, shapes of its arguments)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from qat.core import formats, qarray, specs
+from qat.kernels import attention_gpu, hadamard_gpu, matmul_gpu, matmul_xla, scaled_matmul_gpu, tiles_gpu
+
+K = N = 4096
+WEIGHTS = {
+    'int4_g128': specs.integer(4, (128, 1)), 'int4_g32': specs.integer(4, (32, 1)), 'int4': specs.integer(4, (None, 1)),
+    'uint4_g128': specs.affine(4, (128, 1)), 'int8': specs.integer(8, (None, 1)), 'nf4': specs.kernel(specs.NF4),
+    'mxfp4': specs.kernel(specs.MXFP4), 'nvfp4': specs.kernel(specs.NVFP4),
+    'fp8': qarray.Spec(formats.FP8_E4M3, (None, 1))}
+INPUTS = {'int8': specs.integer(8, specs.TOKEN), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.TOKEN)}
+
+
+def coded(spec, *shape):
+  return jax.eval_shape(lambda a: qarray.encode(a, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def floats(rows):
+  return jax.ShapeDtypeStruct((rows, K), jnp.bfloat16)
+
+
+def weight(name):
+  return jax.eval_shape(matmul_gpu.prepare, coded(WEIGHTS[name], K, N))
+
+
+def tiles(weight_name, rows):
+  """The tiles of a product with a weight in codes only."""
+  return tiles_gpu.heuristic(rows, weight(weight_name))
+
+
+def weight_only(name, rows):
+  return matmul_gpu.matmul, (floats(rows), weight(name))
+
+
+def of_codes(name, input, rows):
+  w = jax.eval_shape(scaled_matmul_gpu.prepare, coded(WEIGHTS[name], K, N))
+  return scaled_matmul_gpu.matmul, (coded(INPUTS[input], rows, K), w)
+
+
+def grouped(name, rows):
+  """XLA's form with groups as a batch axis."""
+  return matmul_xla.grouped, (floats(rows), coded(WEIGHTS[name], K, N))
+
+
+def block_scaled(rows):
+  """MXFP8 on both sides, as XLA hands to cuDNN on Blackwell."""
+  codes = lambda rows: jax.ShapeDtypeStruct((1, rows, K), jnp.float8_e4m3fn)
+  scales = lambda rows: jax.ShapeDtypeStruct((1, rows, K // 32), jnp.float8_e8m0fnu)
+  return (lambda x, w, x_scale, w_scale: jax.nn.scaled_matmul(x, w, x_scale, w_scale),
+          (codes(rows), codes(N), scales(rows), scales(N)))
+
+
+def batched(rows):
+  """Under vmap, over inputs and over weights too."""
+  stack = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), tree)
+  f = lambda x, p, stacked: (jax.vmap(matmul_gpu.matmul, (0, None))(x, p), jax.vmap(matmul_gpu.matmul)(x, stacked))
+  p = weight('int4_g128')
+  return f, (stack(floats(rows)), p, stack(p))
+
+
+def hadamard(n):
+  return hadamard_gpu.transform, (jax.ShapeDtypeStruct((512, n), jnp.bfloat16),)
+
+
+def attention(tokens):
+  """8 heads of keys and values, 4 queries each."""
+  cache = coded(INPUTS['int8'], 8, tokens, 128)
+  query = jax.ShapeDtypeStruct((8, 4, 128), jnp.bfloat16)
+  return attention_gpu.decode, (query, cache, cache, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def with_tiles(rows, *sizes):
+  """int4 by tiles that do not fit."""
+  return lambda x, p: matmul_gpu.matmul(x, p, tiles_gpu.Tiles(*sizes)), (floats(rows), weight('int4_g128'))
+
+
+too_many_stages = functools.partial(with_tiles, 16, 16, 128, 128, 32, 1)
+too_many_registers = functools.partial(with_tiles, 16, 16, 128, 512, 2, 1)
+
+
+def __getattr__(name):
+  """`nf4_16` and `int8_x_int8_16`: by 16 rows; `grouped_int4_g128_16`; `batched_16`."""
+  what, _, rows = name.rpartition('_')
+  if not rows.isdigit():
+    raise AttributeError(name)
+  if what in ('block_scaled', 'batched', 'hadamard', 'attention'):
+    return functools.partial(globals()[what], int(rows))
+  if what.startswith('grouped_'):
+    return functools.partial(grouped, what.removeprefix('grouped_'), int(rows))
+  if '_x_' in what:
+    return functools.partial(of_codes, *what.split('_x_'), int(rows))
+  return functools.partial(weight_only, what, int(rows))
