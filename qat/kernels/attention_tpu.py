@@ -57,7 +57,8 @@ def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) 
   return qarray.cast(y[:, :g], query.dtype)
 
 
-def _kernel(run, length, q, keys, key_scale, values, value_scale, y, most, total, out):
+def _kernel(run, length, q, *refs):
+  keys, key_scale, values, value_scale, y, most, total, out = refs
   j = pl.program_id(1)
 
   @pl.when(j == 0)

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.kernels import matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, prepared, scaled_matmul_gpu, tuned
+from qat.kernels import (
+    matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu, tuned)
 
 # Each has LAYOUT, unsupported(x, w), prepare(q), matmul(x, p, **settings of a Kernel) and decode(p, dtype).
 MODULES = {'gpu': matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
 # The same for inputs in codes.
 CODE_MODULES = {'gpu': scaled_matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
-NAMES = (*MODULES, 'xla')
 # What a weight is prepared for is multiplied by its own kernel.
 LAYOUTS = {module.LAYOUT: module for modules in (MODULES, CODE_MODULES) for module in modules.values()}
 
@@ -39,14 +39,15 @@ class Kernel:
   interpret: Any = None
   level: str | None = None
 
+  def __post_init__(self):
+    check_name(self.name, 'Kernel')
+
   def unsupported(self, x, w):
     """Why x @ w does not run, or None, whatever the device."""
-    modules = _modules(x)
-    if self.name not in modules:
-      return f'its kernels multiply floats, and the input is on {x.spec}'
-    if isinstance(w, prepared.Prepared) and w.layout != modules[self.name].LAYOUT:
-      return f'the weight is in layout {w.layout!r}, and this kernel reads {modules[self.name].LAYOUT!r}'
-    return modules[self.name].unsupported(x, w)
+    module = _modules(x)[self.name]
+    if isinstance(w, prepared.Prepared) and w.layout != module.LAYOUT:
+      return f'the weight is in layout {w.layout!r}, and this kernel reads {module.LAYOUT!r}'
+    return module.unsupported(x, w)
 
   def __call__(self, x, w):
     """[m, k], [k, n] -> [m, n]."""
@@ -56,6 +57,12 @@ class Kernel:
     if self.tiles is None and hasattr(module, 'Tiles') and (found := tuned.find(x, p, module.Tiles)):
       settings['tiles'] = found
     return module.matmul(x, p, **settings)
+
+
+def check_name(name, what):
+  """Raises unless there are kernels of that name."""
+  if name not in MODULES:
+    raise ValueError(f'{what} {name!r}: kernels are of {list(MODULES)}. Name one of them.')
 
 
 def _modules(x):
@@ -100,10 +107,8 @@ def prepare(q, target=None, inputs=None):
     Prepared[k, n].
   """
   target = target or jax.default_backend()
-  modules = MODULES if inputs is None else CODE_MODULES
-  if target not in modules:
-    raise ValueError(f'A weight is prepared for {target!r}: there are {list(modules)}. Name one of them.')
-  return modules[target].prepare(q)
+  check_name(target, 'A weight is prepared for')
+  return (MODULES if inputs is None else CODE_MODULES)[target].prepare(q)
 
 
 def decode(w, dtype=jnp.float32):
@@ -120,28 +125,32 @@ def choose(x, w, implementation=None):
     name = w.target if named else jax.default_backend()
     if not named and name != 'tpu':  # Others want codes in another order: XLA is faster than to sort them at each call.
       return None
-    kernel = Kernel(name) if name in MODULES else None
-    why = _unsupported(kernel, x, w)
+    why = _unsupported(Kernel(name), x, w)
     if why and named:
       raise NotImplementedError(f'A weight in layout {w.layout!r} is multiplied by its own kernel, which cannot run: '
                                 f'{why}. Keep the QArray.')
-    return None if why else kernel
+    return None if why else Kernel(name)
   if implementation == 'xla':
     if isinstance(w, prepared.Prepared):
       raise ValueError(f"implementation='xla' multiplies QArrays, and the weight is in layout {w.layout!r}. Give the "
                        'QArray that it was prepared from.')
     return None
   if isinstance(implementation, str):
-    if implementation not in MODULES:
-      raise ValueError(f'implementation={implementation!r}: there are {list(NAMES)}. Name one of them, or None.')
-    if jax.default_backend() != implementation:
-      raise NotImplementedError(f'implementation={implementation!r}: the default device of this process is of '
-                                f"{jax.default_backend()!r}. Give 'xla', or None for the best there is.")
+    check_name(implementation, 'implementation')
+    if why := unavailable(implementation):
+      raise NotImplementedError(f"implementation={implementation!r}: {why}. Give 'xla', or None for the best there is.")
     implementation = Kernel(implementation)
   if why := _unsupported(implementation, x, w):
     raise NotImplementedError(f'{implementation} cannot multiply {_described(x)} by {_described(w)}: {why}. '
                               "Give implementation='xla', or None for the best there is.")
   return implementation
+
+
+def unavailable(name):
+  """Why this process' default device does not run the kernels of a name, or None."""
+  if jax.default_backend() != name:
+    return f'the default device of this process is of {jax.default_backend()!r}'
+  return pipeline_gpu.needs_hopper(jax.devices()[0]) if name == 'gpu' else None
 
 
 def explain(x, w):
@@ -151,8 +160,6 @@ def explain(x, w):
 
 def _unsupported(kernel, x, w):
   """Why a kernel cannot run x @ w, or None."""
-  if kernel is None:
-    return f'there is no kernel for {jax.default_backend()!r}'
   if w.ndim != 2:
     return f'the weight of shape {w.shape} is a stack; kernels multiply one matrix: use jax.vmap'
   rows = math.prod(x.shape[:-1])

@@ -73,7 +73,8 @@ def grouped(x, q):
 def values(w, dtype):
   """What the codes stand for in the format's units, in `dtype`: integers of 8 bits are exact in bfloat16."""
   if isinstance(w.format, (formats.Int, formats.Binary)):
-    return w.codes.astype(dtype)
+    signed = w.codes.dtype == jnp.uint8 and w.format.max <= 127  # XLA on GPU fuses the cast of signed ones.
+    return (jax.lax.bitcast_convert_type(w.codes, jnp.int8) if signed else w.codes).astype(dtype)
   return w.format.decode(w.codes).astype(dtype)
 
 

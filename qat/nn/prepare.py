@@ -14,7 +14,8 @@ def prepare(model, target=None):
 
   Weights that a kernel cannot multiply, or that their layer reads by hand (a lookup, a convolution), keep their codes;
   on CPU, where XLA is slow to decode, they are decoded once. Outputs are those of `model` to the rounding of sums. Save
-  the frozen model, not this one: layouts belong to a version of a kernel.
+  the frozen model, not this one: layouts belong to a version of a kernel. GPUs other than Hopper have no kernel yet:
+  there a model stays as it is, and XLA multiplies.
 
   Args:
     model: what qat.freeze, a solver or a file gave.
@@ -23,10 +24,11 @@ def prepare(model, target=None):
   Returns:
     A model of the same class.
   """
-  target = target or jax.default_backend()
-  if target not in matmul.MODULES:
-    raise ValueError(f'A model is prepared for {target!r}: there are {list(matmul.MODULES)}. Name one of them.')
+  asked, target = target, target or jax.default_backend()
+  matmul.check_name(target, 'A model is prepared for')
   model = nnx.clone(model)
+  if asked is None and matmul.unavailable(target):
+    return model
   found = {}  # id of Codes -> what takes their place.
   for path, layer in quantized.layers(model).items():
     for name in vars(layer)['quantizers'].weights:

@@ -136,7 +136,7 @@ def test_what_cannot_run_says_why():
   q, x = weight('int4 by 128'), inputs(3)
   with pytest.raises(NotImplementedError, match="implementation='tpu': the default device of this process is of 'cpu'"):
     matmul.matmul(x, q, implementation='tpu')
-  with pytest.raises(ValueError, match="implementation='cuda': there are"):
+  with pytest.raises(ValueError, match="implementation 'cuda': kernels are of"):
     matmul.matmul(x, q, implementation='cuda')
   with pytest.raises(NotImplementedError, match='the input is float32; the MXU multiplies bfloat16'):
     matmul.matmul(inputs(3, jnp.float32), q, implementation=matmul.Kernel('tpu', interpret=True))
@@ -152,6 +152,8 @@ def test_what_cannot_run_says_why():
     matmul.matmul(x, jnp.ones((K, N)))
   with pytest.raises(TypeError, match='x is int32'):
     matmul.matmul(jnp.ones((3, K), jnp.int32), q)
+  with pytest.raises(ValueError, match="Kernel 'cuda': kernels are of"):
+    matmul.Kernel('cuda')
   with pytest.raises(ValueError, match="prepared for 'npu'"):
     matmul.prepare(q, 'npu')
 

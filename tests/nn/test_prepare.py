@@ -104,3 +104,10 @@ def test_frozen_models_of_other_devices_multiply_by_kernels(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   program = jax.make_jaxpr(lambda x: layer(x))(jnp.ones((2, 256), jnp.bfloat16))
   assert 'pallas_call' in str(program)
+
+
+def test_a_gpu_without_kernels_keeps_the_codes(monkeypatch):
+  layer = frozen(nnx.Linear(256, 128, rngs=nnx.Rngs(0)), 'weights')
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert isinstance(vars(qat.prepare(layer))['kernel'].get_value(), qat.QArray)
+  assert vars(qat.prepare(layer, 'tpu'))['kernel'].get_value().layout == 'tpu/1'
