@@ -12,6 +12,8 @@ CHARACTERS = dict(
 
 ACCURACY = dict(name='accuracy', label='accuracy, %', factor=100, digits=2)
 BITS_PER_CHARACTER = dict(name='bits_per_character', label='bits per character', digits=4)
+LOSS = dict(name='loss', label='held-out loss, nats', digits=4)
+START = dict(name='start_loss', label='before the first step', digits=4)
 KL = dict(name='mean_kl', label='KL to float, nats', digits=4)
 
 
@@ -20,10 +22,22 @@ def digits(row, method, recipe, paper=None, examples=256, **options):
   return _ptq(row, f'method={method},recipe={recipe},examples={examples}', paper, options)
 
 
-def characters(row, method, recipe, paper=None, transform=None, search=None, **options):
-  """The layers of the blocks of CHARACTERS put on a grid; the embedding, which is the head, stays in floats."""
+def characters(row, method, recipe, paper=None, transform=None, search=None, transforms=None, **options):
+  """The layers of the blocks of CHARACTERS put on a grid; the embedding, which is the head, stays in floats.
+
+  `transform` is a name; `transforms` are several, or those that have options, as in configs/ptq.py.
+  """
   before = f',transform={transform}' if transform else ''
-  return _ptq(row, fr'method={method},recipe={recipe},layers=blocks/[\w/]+{before}', paper, options, search or {})
+  about = _ptq(row, fr'method={method},recipe={recipe},layers=blocks/[\w/]+{before}', paper, options, search or {})
+  return about if transforms is None else dict(about, set=about['set'] | dict(transforms=transforms))
+
+
+def finetuned(row, argument, paper=None, steps=200, **leaves):
+  """CHARACTERS fine-tuned on another text by configs/lora.py; compared to the run 'lora', which has no codes."""
+  about = dict(row=row, program='finetune', config=f'configs/lora.py:workdir={{float}},{argument},steps={steps}')
+  about |= {} if argument == 'base=float' else dict(float='lora')
+  about |= dict(set=leaves) if leaves else {}
+  return about if paper is None else dict(about, paper=paper)
 
 
 def _ptq(row, argument, paper, options, search=()):
