@@ -39,16 +39,9 @@ def main(config, workdir):
   batches = data.batches(run.train, config.data.batch_size, config.seed, rows=devices.rows(config.data.batch_size))
   placed = mesh.say(devices.facts(parameters=run.state.params, optimizer=run.state.opt_state))
 
-  # ------------------------------------------------------------------------ go on, or begin
-  state, seconds_before = run.state, 0.0
-  if restored := checkpoint.restore(workdir, state):
-    state, about = restored
-    batches.set_state(about['data'])
-    seconds_before = about['seconds']
-    print(f'Going on from step {int(state.step)} of {config.total_steps}.', flush=True)
-  seconds = lambda: seconds_before + time.monotonic() - began
-
   # ------------------------------------------------------------------------ train
+  state, seconds_before = begin(run, batches, workdir)
+  seconds = lambda: seconds_before + time.monotonic() - began
   with stop.Stop() as heard:
     stopped = hosts.Together(heard)
     state = Loop(run, workdir, batches, seconds)(state, stopped)
@@ -69,6 +62,16 @@ def main(config, workdir):
   provenance.save(workdir / 'result.json', result)
   page = report.write(workdir, result, model)
   print(f'{report.line(result)}\n{page}\n{workdir / "result.json"}', flush=True)
+
+
+def begin(run, batches, workdir):
+  """(state, seconds spent before): new, or of the last checkpoint, to which `batches` are moved."""
+  if not (restored := checkpoint.restore(workdir, run.state)):
+    return run.state, 0.0
+  state, about = restored
+  batches.set_state(about['data'])
+  print(f'Going on from step {int(state.step)} of {run.config.total_steps}.', flush=True)
+  return state, about['seconds']
 
 
 class Loop:
