@@ -5,7 +5,7 @@
 #   make test PYTHON=python3.13         the same under another Python
 #   make test-slow, test-peers          what takes long, what needs other frameworks
 #   make test-aot                       kernels compiled for GPUs and TPUs that are not there, in environments of its own
-#   make bench, bench-peers             training step and compile time, QAT over float, QLoRA over LoRA
+#   make bench, bench-peers             steps of QAT and QLoRA, and CPU products, over float
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -72,6 +72,7 @@ bench: $(VENV)/.base
 	@$(BIN)/python -m benchmarks.train_step
 	@$(BIN)/python -m benchmarks.finetune_step
 	@$(BIN)/python -m benchmarks.cpu_matmul
+	@$(BIN)/python -m benchmarks.cpu_decode
 
 bench-peers: $(VENV)/.peers
 	@$(BIN)/python -m benchmarks.train_step --peers

@@ -43,13 +43,25 @@ def timed_tables():
   return '\n\n'.join(parts) or UNTIMED
 
 
+def cpu_tables():
+  """A token through a model, and single products, over float32."""
+  found = json.loads((RESULTS / 'cpu_decode.json').read_text())
+  token = [[r['model'], f'{r["ms"]:.1f}', f'{r["ratio"]:.2f}'] for r in found['rows']]
+  rows = json.loads((RESULTS / 'cpu_matmul.json').read_text())['rows']
+  names = list(dict.fromkeys(r['weight'] for r in rows))
+  shapes = dict.fromkeys((r['rows'], r['inputs'], r['outputs']) for r in rows)
+  ratio = {(r['rows'], r['inputs'], r['outputs'], r['weight']): f'{r["ratio"]:.2f}' for r in rows}
+  products = [[f'{m} x {k} x {n}', *(ratio.get((m, k, n, name), '-') for name in names)] for m, k, n in shapes]
+  return table(['one token', 'ms', 'times float32'], token) + '\n\n' + table(['rows x k x n', *names], products)
+
+
 def table(head, rows):
   """Markdown."""
   line = lambda cells: '| ' + ' | '.join(cells) + ' |'
   return '\n'.join([line(head), line(['---', *['---:'] * (len(head) - 1)]), *map(line, rows)])
 
 
-TABLES = {'tpu': tpu_table, 'gpu': gpu_table, 'timed': timed_tables}
+TABLES = {'tpu': tpu_table, 'gpu': gpu_table, 'timed': timed_tables, 'cpu': cpu_tables}
 
 
 def written(text):
