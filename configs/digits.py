@@ -4,16 +4,19 @@ Seed 0, 500 test images: float 97.8 %, LSQ W2A2 with 8-bit ends 97.0 %. 10-20 se
 configs/quickstart.py has the means over seeds.
 python -m qat.run.train --config configs/digits.py:quantizer=lsq,bits=2 --workdir /tmp/digits
 Most wanted: `:quantizer=float`, `:bits=4`, `:first_last=2` (bits of the first and last layer; 8 unless said, 0 for
-floats), `:optimizer=sgd`, `:recipe=` a name of qat/nn/recipes.py in place of quantizer and bits.
+floats), `:optimizer=sgd`, `:recipe=` a name of qat/nn/recipes.py in place of quantizer and bits, `:start=` the workdir
+of a finished float run to begin from.
 """
 
 from configs import defaults
 
 
 def get_config(arg=''):
-  arg = defaults.parse_arg(arg, quantizer='lsq', bits=2, first_last=8, recipe='', optimizer='adamw', smoke=False)
+  arg = defaults.parse_arg(arg, quantizer='lsq', bits=2, first_last=8, recipe='', optimizer='adamw', start='',
+                           smoke=False)
   config = defaults.base()
   config.data.name = 'digits'
+  config.init_from = arg.start
   config.model.update(name='mlp.MLP', sizes=(64, 128, 128, 10))
   if arg.quantizer != 'float':
     config.recipe = dict(name=arg.recipe) if arg.recipe else defaults.bits(arg.quantizer, arg.bits)

@@ -5,6 +5,9 @@ DIGITS = dict(
     set={'model.sizes': (64, 32, 32, 10), 'total_steps': 2000, 'optimizer.learning_rate': 5e-3,
          'eval.every_steps': 2000, 'checkpoint_every_steps': 2000})
 
+_WIDE = {'eval.every_steps': 600, 'checkpoint_every_steps': 600}
+WIDE_DIGITS = dict(row='float', program='train', config='configs/digits.py:quantizer=float', set=_WIDE)
+
 CHARACTERS = dict(
     row='float', program='train', config='configs/shakespeare.py:recipe=float',
     set={'model.name': 'decoder.llama', 'model.layers': 2, 'total_steps': 800, 'eval.every_steps': 800,
@@ -20,6 +23,11 @@ KL = dict(name='mean_kl', label='KL to float, nats', digits=4)
 def digits(row, method, recipe, paper=None, examples=256, **options):
   """Every layer of DIGITS put on a grid; `options` are the method's."""
   return _ptq(row, f'method={method},recipe={recipe},examples={examples}', paper, options)
+
+
+def wide_digits(row, argument, **leaves):
+  """WIDE_DIGITS trained under quantizers; `argument` is that of configs/digits.py."""
+  return dict(row=row, program='train', config=f'configs/digits.py:{argument}', set=_WIDE | leaves)
 
 
 def characters(row, method, recipe, paper=None, transform=None, search=None, transforms=None, **options):
