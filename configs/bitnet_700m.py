@@ -9,9 +9,8 @@ python -m qat.run.train --config configs/bitnet_700m.py:data=c4 --workdir runs/b
 `:recipe=float` is the baseline at the paper's rate for it, `:data=wikitext` another corpus. docs/data.md says how D is
 made; T is a tokenizer.json of 32,000 tokens, such as Llama 2's.
 
-Differences from the paper: C4 in place of RedPajama; the embedding, in floats as there, is the head; the rate falls
-linearly, and not in two stages; weights decay to the end, and not up to the middle; no norm of its own before each
-projection.
+Differences from the paper: C4 in place of RedPajama; the embedding, in floats as there, is the head; no norm of its own
+before each projection.
 """
 
 from configs import defaults
@@ -35,6 +34,9 @@ def get_config(arg=''):
                           accumulate_steps=64)
   config.optimizer.options.b2 = 0.95
   config.schedule.update(name='linear_schedule', end_value=0.0, warmup_steps=375)
+  if arg.recipe == 'bitnet':  # Rates of 1.5e-3 and then 1e-3.
+    config.schedule = dict(name='two_stage_linear', warmup_steps=375)
+    config.optimizer.weight_decay_until = 0.5
   config.total_steps = int(TOKENS / (BATCH * LENGTH))
   config.eval.update(batch_size=8, every_steps=1000)
   config.checkpoint_every_steps = 1000

@@ -13,12 +13,12 @@ Not run here. Hardware: one GPU of 80 GB, and 64 GB of memory. The papers say, o
 hf download meta-llama/Llama-2-7b-hf --local-dir M
 python -m qat.run.ptq --config configs/llama2_7b.py:method=gptq,bits=3,block=128 --workdir runs/gptq \
     --config.pretrained=M --config.calibration.data_dir=D --config.eval.data_dir=D
-`:method=` rtn, gptq, awq, omniquant, efficientqat, quarot (GPTQ after rotations; `inputs=4,block=0`), ...; `:block=0`
-is a scale an output; `:asym=false` leaves zeros out. docs/data.md says how D is made.
+`:method=` rtn, gptq, awq, omniquant, efficientqat (both phases), quarot (rotated, then GPTQ: `inputs=4,kv=4,block=0`);
+`:kv=4` puts keys and values in 4 bits; `:block=0` is a scale an output; `:asym=false` leaves zeros out. docs/data.md
+says how D is made.
 
 Differences from the papers: AWQ's own calibration is on the Pile, QuaRot's on WikiText2, EfficientQAT's on 4,096 x
-2,048 tokens of RedPajama, and its second phase (steps alone, end to end) is not here; QuaRot's keys and values stay in
-floats.
+2,048 tokens of RedPajama, where its second phase sees labels, here the float network's outputs.
 """
 
 import ml_collections as mlc
@@ -27,13 +27,13 @@ from configs import defaults
 
 BLOCKS = r'blocks/[\w/]+'
 # Method of the paper -> (method of qat/ptq/named.py, transform).
-PAPERS = dict(quarot=('gptq', 'rotate'))
+PAPERS = dict(quarot=('gptq', 'rotate'), efficientqat=('efficientqat', 'scales'))
 # What a paper has otherwise than the method's default here.
 OPTIONS = dict(omniquant=dict(steps=20 * 128 // 4), efficientqat=dict(steps=2 * 128 // 2))
 
 
 def get_config(arg=''):
-  settings = dict(method='gptq', bits=4, block=128, inputs=16, asym=True, smoke=False)
+  settings = dict(method='gptq', bits=4, block=128, inputs=16, kv=16, asym=True, smoke=False)
   settings['asym'] = defaults.parse_arg(arg, **settings).inputs == 16  # Inputs of few bits meet symmetric weights.
   arg = defaults.parse_arg(arg, **settings)
   config = defaults.ptq('corpora', 'llama2_7b')
@@ -42,7 +42,11 @@ def get_config(arg=''):
   config.calibration.update(name='c4', variant='en', split='train', data_dir=data_dir, files=1, sequences=128,
                             length=2048, batch_size=2)
   config.transforms = defaults.transforms(method, transform)
-  grid = f'w{arg.bits}a{arg.inputs}{f"_g{arg.block}" * bool(arg.block)}{"_asym" * arg.asym}'
+  if transform == 'scales':
+    rate = 2e-5 if arg.bits == 2 else 1e-5
+    config.transforms = (dict(name='scales', steps=2 if arg.smoke else 128, rate=rate),)
+  held = f'_kv{arg.kv}' if arg.kv < 16 else ''
+  grid = f'w{arg.bits}a{arg.inputs}{f"_g{arg.block}" * bool(arg.block)}{"_asym" * arg.asym}{held}'
   config.recipe.update(name='float', rules={BLOCKS: grid})
   config.method = defaults.method(method, arg.smoke)
   config.method.update({name: value for name, value in OPTIONS.get(method, {}).items() if not arg.smoke})

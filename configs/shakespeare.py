@@ -5,14 +5,15 @@ of 32 2.290, W4 g64 2.305, NVFP4 2.334, MXFP4 2.363, BitNet b1.58 2.415; W4A8 wi
 5 to 15 minutes each on 2 CPU cores. Results: docs/results/shakespeare_*.json.
 python -m qat.run.train --config configs/shakespeare.py:recipe=w4a8_g32 --workdir /tmp/shakespeare
 `:recipe=` takes float, or a name of qat/nn/recipes.py: w8a8, w4a8, w4a8_g32, w4a16_g64, mxfp4, nvfp4, bitnet, ...;
-`:ends=` another, for the embedding (which is the head) and the positions.
+`:ends=` another, for the embedding (which is the head) and the positions; `:stages` is BitNet's schedule, of two lines
+and no weight decay from the middle on.
 """
 
 from configs import defaults
 
 
 def get_config(arg=''):
-  arg = defaults.parse_arg(arg, recipe='w4a8_g32', ends='w8a8', smoke=False)
+  arg = defaults.parse_arg(arg, recipe='w4a8_g32', ends='w8a8', stages=False, smoke=False)
   config = defaults.base()
   config.data.update(name='shakespeare', batch_size=16)
   config.data.options.context_length = 128
@@ -24,6 +25,9 @@ def get_config(arg=''):
   config.optimizer.update(name='adamw', learning_rate=2e-3, weight_decay=0.1)
   config.optimizer.options.b2 = 0.99
   config.schedule.warmup_steps = 100
+  if arg.stages:
+    config.schedule.name = 'two_stage_linear'
+    config.optimizer.weight_decay_until = 0.5
   config.total_steps = 2000
   config.eval.update(batch_size=64, every_steps=500)
   config.checkpoint_every_steps = 500

@@ -45,6 +45,11 @@ SETTINGS = {
         expected='error in %: 5 bits 8.4, 4 bits 9.2, 3 bits 9.4, 2 bits 11.1',
         commands=[cifar('quantizer=float', 'r20'), *(cifar(f'quantizer=pact,bits={b}', f'r20_pact_w{b}')
                                                      for b in (5, 4, 3, 2))]),
+    'dorefa': dict(
+        paper='DoReFa-Net, https://arxiv.org/abs/1606.06160', setting='ResNet-18 on ImageNet',
+        hardware='8 GPUs of 80 GB', takes='1.6 hours a run, by an assumed 2,500 images a second on each',
+        expected='top-1 in %, by the paper of PACT: 3 bits 67.5, 4 bits 68.1',
+        commands=[imagenet(f'model=resnet18,quantizer=dorefa,bits={b}', f'resnet18_dorefa_w{b}') for b in (2, 3, 4)]),
     'bitnet': dict(
         paper='BitNet b1.58, https://arxiv.org/abs/2402.17764', setting='700 million parameters, 100 billion tokens',
         hardware='64 A100 of 80 GB', takes='940 A100 hours a run, by an assumed 40 % of their peak',
@@ -72,7 +77,8 @@ SETTINGS = {
         paper='QuaRot, https://arxiv.org/abs/2404.00456', setting='Llama-2-7B on WikiText2, W4A4', hardware=GPU,
         takes='not said here',
         expected='perplexity: float 5.47, QuaRot 6.10, in groups of 128 5.93, with keys and values in 4 bits too',
-        commands=[LLAMA, *(llama(f'method=quarot,bits=4,inputs=4,block={b}', f'llama_quarot_{b}') for b in (0, 128))]),
+        commands=[LLAMA, *(llama(f'method=quarot,bits=4,inputs=4,kv=4,block={b}', f'llama_quarot_{b}')
+                           for b in (0, 128))]),
     'omniquant': dict(
         paper='OmniQuant, https://arxiv.org/abs/2308.13137', setting='Llama-2-7B on WikiText2', hardware=GPU,
         takes='1 to 16 hours on one A100 for 7B to 70B, by the paper',
@@ -80,7 +86,7 @@ SETTINGS = {
         commands=[LLAMA, *(llama(f'method=omniquant,bits={b}', f'llama_omniquant_w{b}') for b in (4, 3, 2))]),
     'efficientqat': dict(
         paper='EfficientQAT, https://arxiv.org/abs/2407.11062', setting='Llama-2-7B on WikiText2', hardware=GPU,
-        takes='41 hours on one A100 for 70B in both phases, by the paper; the first phase is here',
+        takes='41 hours on one A100 for 70B in both phases, by the paper',
         expected='perplexity: float 5.47; 4 bits 5.53, 3 bits 5.81, 2 bits 7.19 in groups of 128, 6.86 of 64',
         commands=[LLAMA, *(llama(f'method=efficientqat,bits={b},block={g}', f'llama_efficientqat_w{b}_g{g}')
                            for b, g in ((4, 128), (3, 128), (2, 128), (2, 64)))]),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Scores(nnx.Module):
-  """A quantizer for each operand of the two products of attention."""
+  """A quantizer for each operand of the two products of attention, or None where it stays in floats."""
 
   def __init__(self, query, key, value, probabilities):
     self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
@@ -22,10 +22,16 @@ class Scores(nnx.Module):
     promote = settings.get('promote_dtype', dtypes.promote_dtype)
     query, key, value = promote((query, key, value), dtype=settings.get('dtype'))
     share = query.shape[-2] // key.shape[-2]
-    key, value = (jnp.repeat(a, share, axis=-2) for a in (self.key(key), self.value(value)))
-    weights = dot_product_attention_weights(self.query(query), key, bias, mask, **settings)
-    return jnp.einsum('...hqk,...khd->...qhd', self.probabilities(weights), value, precision=settings.get('precision'))
+    key, value = (jnp.repeat(a, share, axis=-2) for a in (_placed(self.key, key), _placed(self.value, value)))
+    weights = dot_product_attention_weights(_placed(self.query, query), key, bias, mask, **settings)
+    weights = _placed(self.probabilities, weights)
+    return jnp.einsum('...hqk,...khd->...qhd', weights, value, precision=settings.get('precision'))
 
   def advance(self):
     for quantizer in (self.query, self.key, self.value, self.probabilities):
-      quantizer.advance()
+      if quantizer is not None:
+        quantizer.advance()
+
+
+def _placed(quantizer, x):
+  return x if quantizer is None else quantizer(x)

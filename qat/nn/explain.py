@@ -102,8 +102,8 @@ def _weight_row(site, seen):
 
 def _attention_row(site):
   q = quantized.of(site.module)
-  scores = '-' if q is None or q.scores is None else _describe(q.scores.query)
-  note = '' if scores != '-' else 'no rule gives it a scores quantizer'
+  scores = '-' if q is None or q.scores is None else _describe(q.scores.key)
+  note = '' if scores != '-' else 'no rule gives it a quantizer of scores or of the cache'
   return Row(site.path, 'Attention', (), '-', scores, 0, 0, note)
 
 

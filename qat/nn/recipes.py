@@ -44,6 +44,11 @@ def with_attention(recipe, bits):
   return tuple(dataclasses.replace(rule, scores=_int_input(bits)) for rule in recipe)
 
 
+def with_cache(recipe, bits):
+  """`recipe`, and unsigned integers with a zero for the keys and values of attention, a range a token and head."""
+  return tuple(dataclasses.replace(rule, cache=STE(specs.affine(bits, specs.TOKEN))) for rule in recipe)
+
+
 def weight_only(bits, block=specs.CHANNEL, asymmetric=False):
   """Integer weights, float inputs; asymmetric weights have a zero in float32, as HQQ solves for."""
   zero = qarray.Spec(formats.Int(bits, signed=False), block, zero=qarray.Zero())
@@ -144,11 +149,14 @@ def get(name):
   Any 'w<bits>a<bits>' or 'w<bits>a<bits>_g<group>' is one, with 16 for inputs in floats; '_asym' after it gives weights
   unsigned integers and a zero beside each scale, in float32 where inputs are floats, else an integer that the products
   of codes take. So is any 'w<bits>a<bits>_static', and any 'w<bits>a<bits>_dorefa', with 'g<bits>' for gradients before
-  its '_'. 'w<bits>a16_tensor' and 'w<bits>a<bits>_static_tensor' have one scale for the whole weight.
+  its '_'. 'w<bits>a16_tensor' and 'w<bits>a<bits>_static_tensor' have one scale for the whole weight. '_kv<bits>' after
+  any name puts the keys and values of attention on a grid of their own.
 
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
   """
+  if match := re.fullmatch(r'(.+)_kv([1-8])', name):
+    return with_cache(get(match[1]), int(match[2]))
   if match := re.fullmatch(r'w([1-8])a(\d+)(?:_g(\d+))?(_asym)?', name):
     weight_bits, input_bits, group = (part and int(part) for part in match.groups()[:3])
     asymmetric = match[4] is not None
@@ -211,4 +219,4 @@ def resolve(config):
 
 def _suggest(name, known):
   near = difflib.get_close_matches(name, known, 1)
-  return f'Did you mean {near[0]!r}? ' * bool(near) + f'Known: {", ".join(known)}.'
+  return (f'Did you mean {near[0]!r}? ' if near else '') + f'Known: {", ".join(known)}.'

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from qat.nn import layouts, quantized, weights
 from qat.quantizers import base
 
+QUANTIZERS = ('weight', 'input', 'output', 'gradient', 'scores', 'cache')  # The fields of a Rule that may be set.
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -25,6 +27,7 @@ class Rule:
     output: of what the layer returns.
     gradient: of what comes back through the layer's output.
     scores: of the queries, keys, values and probabilities of attention.
+    cache: of its keys and values, as a cache holds them, in place of `scores`.
     kind: a regular expression for the layer's class: 'Conv|ConvTranspose'.
   """
   path: str
@@ -33,6 +36,7 @@ class Rule:
   output: base.Quantizer | None = None
   gradient: nnx.Module | None = None
   scores: base.Quantizer | None = None
+  cache: base.Quantizer | None = None
   kind: str = '.*'
 
   def __post_init__(self):
@@ -42,9 +46,9 @@ class Rule:
       except (re.error, TypeError) as error:
         raise ValueError(f'Rule.{field} {getattr(self, field)!r} is no regular expression: {error}. '
                          "Write '.*' for anything.") from error
-    for field in ('weight', 'input', 'output', 'scores'):
+    for field in QUANTIZERS:
       value = getattr(self, field)
-      if value is not None and not isinstance(value, base.Quantizer):
+      if field != 'gradient' and value is not None and not isinstance(value, base.Quantizer):
         raise TypeError(f'Rule({self.path!r}).{field} is {value!r}, and no quantizer. Give an instance of one, such as '
                         'STE(spec), from qat.quantizers.')
 

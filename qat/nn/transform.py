@@ -33,8 +33,10 @@ def quantize(model, recipe):
 def _quantize_site(site, rule, shared):
   """Puts the quantizers of `rule` at one site, in place."""
   if site.kind == 'Attention':
-    if rule.scores is not None:
-      operands = (_for_activation(rule.scores, site.lead) for _ in range(4))
+    held = rule.scores if rule.cache is None else rule.cache
+    prototypes = (rule.scores, held, held, rule.scores)
+    if held is not None:
+      operands = (None if p is None else _for_activation(p, site.lead) for p in prototypes)
       quantized.attach(site.module, site.path, site.lead).scores = attention.Scores(*operands)
     return
   if isinstance(site.variable, weights.Codes):

@@ -9,10 +9,12 @@ weight decay, nor has anything with fewer than two axes (biases, norms).
 import inspect
 import re
 
+import jax.numpy as jnp
 import optax
 
 from qat.run import eight_bit
 from qat.run import names
+from qat.run import schedules
 
 SETTINGS = ('learning_rate_scale', 'weight_decay')
 
@@ -23,20 +25,21 @@ def optimizer(config, params):
   rate = schedule(config)
   settings = {path: _settings(path, x, c) for path, x in params.items()}
   _check_groups(c, settings)
-  groups = {str(s): _member(c, rate, *s) for s in settings.values()}
+  decays = _decays(c, config.total_steps)
+  groups = {str(s): _member(c, rate, s[0], decays(s[1])) for s in settings.values()}
   labels = {path: str(s) for path, s in settings.items()}  # A tuple would be read as a tree.
   tx = optax.partition(groups, labels)
   return (optax.chain(optax.clip_by_global_norm(c.clip_norm), tx) if c.clip_norm else tx), rate
 
 
 def schedule(config):
-  """step -> learning rate: a linear warmup, then the named optax schedule over what is left."""
+  """step -> learning rate: a linear warmup, then the named schedule over what is left."""
   c = config.schedule
   peak, left = config.optimizer.learning_rate, config.total_steps - c.warmup_steps
   if left < 1:
     raise ValueError(f'schedule.warmup_steps {c.warmup_steps} leaves nothing of total_steps {config.total_steps}. '
                      'Warm up for fewer steps.')
-  make = names.resolve(optax, c.name, 'schedule.name')
+  make = schedules.find(c.name)
   given = {k: v for k, v in c.items() if k not in ('name', 'warmup_steps')}
   known = dict(init_value=peak, value=peak, decay_steps=left, transition_steps=left)
   accepted = _parameters(make)
@@ -60,6 +63,16 @@ def _member(c, rate, learning_rate_scale, weight_decay):
     return states(make(scaled, weight_decay=weight_decay, **options))
   # sgd and the like: decay joins the gradient before the step, as in the L2 penalty.
   return optax.chain(optax.add_decayed_weights(weight_decay), states(make(scaled, **options)))
+
+
+def _decays(c, total_steps):
+  """weight decay -> itself, or step -> it where it ends at `weight_decay_until` of all steps."""
+  until = c.get('weight_decay_until', 1.0)
+  if not 0 <= until <= 1:
+    raise ValueError(f'optimizer.weight_decay_until {until}: it is a share of all steps. Give 0 to 1.')
+  if until == 1:
+    return lambda decay: decay
+  return lambda decay: lambda step: jnp.where(step < until * total_steps, decay, 0.0)
 
 
 def _states(bits):

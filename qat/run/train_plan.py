@@ -61,7 +61,7 @@ def network(config, goal, batch):
   """The network that would train: of shapes alone, unless its ranges need numbers."""
   rules = recipes.resolve(config.recipe.to_dict()) if config.recipe else ()
   make = lambda: build.float_model(config) if not rules else transform.quantize(build.float_model(config), rules)
-  if not any(getattr(rule.input, 'observer', None) or rule.scores for rule in rules):
+  if not any(getattr(q, 'observer', None) for rule in rules for q in (rule.input, rule.scores, rule.cache)):
     return nnx.eval_shape(make)
   random = np.random.default_rng(0)
   example = {name: random.normal(size=(1, *x.shape[1:])).astype(x.dtype) for name, x in batch.items()}

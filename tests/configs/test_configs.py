@@ -35,7 +35,8 @@ QUANTIZERS = ('float', 'ste', 'static', 'lsq', 'dorefa', 'pact', 'stochastic')
 RECIPES = ('float', 'w8a8', 'w4a8', 'w4a16_g64', 'mxfp4', 'nvfp4', 'bitnet')
 ARGS = ([('quickstart', 'smoke')]
         + [(file, f'quantizer={q},bits={b},smoke') for file in ('digits', 'mnist') for q in QUANTIZERS for b in (2, 4)]
-        + [('shakespeare', f'recipe={r},smoke') for r in RECIPES] + [('imagenet_resnet', 'quantizer=float')]
+        + [('shakespeare', f'recipe={r},smoke') for r in RECIPES] + [('shakespeare', 'recipe=bitnet,stages')]
+        + [('imagenet_resnet', 'quantizer=float')]
         + [('imagenet_resnet', f'model={m},bits={b}') for m in ('resnet18', 'resnet50') for b in (2, 8)]
         + [('cifar10_resnet', f'quantizer={q},bits=2') for q in ('float', 'pact', 'lsq')]
         + [('bitnet_700m', ''), ('bitnet_700m', 'recipe=float')])
@@ -46,7 +47,7 @@ PTQ = ([('smollm2', f'method={m},bits={b}', 'blocks/0/attention/q') for m in def
           ('minilm', 'recipe=w4a8_static,alpha=0', 'blocks/5/attention/o'), ('efficientnet', '', 'head'),
           ('ptq', 'workdir=/tmp/none,method=adaround,recipe=w2a16', 'layers/0'),
           *(('llama2_7b', f'method={m},bits=3', 'blocks/31/attention/v') for m in ('gptq', 'awq', 'efficientqat')),
-          ('llama2_7b', 'method=quarot,inputs=4,block=0', 'blocks/0/ffn/down')])
+          ('llama2_7b', 'method=quarot,inputs=4,kv=4,block=0', 'blocks/0/ffn/down')])
 # Of `qat finetune`.
 FINETUNE = ([('smollm2_qlora', f'base={b},smoke') for b in ('nf4_dq', 'nf4', 'fp4_bnb', 'mxfp4', 'w4a16_g32', 'w8a16')]
             + [('smollm2_qlora', f'base=float,{a},smoke') for a in ('adapter=none', 'init=pissa', 'lora_plus=16')]
@@ -139,13 +140,15 @@ def test_adapters_of_llama_are_those_of_the_paper(file, arg):
 
 
 @pytest.mark.parametrize('arg, bits', [('method=gptq', 4 + 2 * 32 / 128), ('method=awq,bits=3', 3 + 2 * 32 / 128),
-                                       ('method=quarot,inputs=4,block=0', 4 + 32 / 4096)])
+                                       ('method=quarot,inputs=4,kv=4,block=0', 4 + 32 / 4096)])
 def test_llama_goes_on_the_grid_that_is_named(arg, bits):
   """Its first block at full size, without its numbers."""
   config = configs.build(source('llama2_7b', arg))
   shape = dataclasses.replace(memory_plan.shape_of(config.pretrained), layers=1)
   rules = recipes.resolve(config.recipe.to_dict())
   nnx.eval_shape(lambda: transform.quantize(decoder.Decoder(shape, nnx.Rngs(0)), rules))  # Raises where none matches.
+  grid = next(iter(config.recipe.rules.values()))
+  assert [rule.cache is not None for rule in recipes.get(grid)] == [arg.startswith('method=quarot')] * len(rules[:-1])
   taken = jax.eval_shape(lambda: qarray.encode(jnp.zeros((4096, 4096)), rules[0].weight.spec))
   assert taken.nbits / 4096 ** 2 == bits
 

@@ -234,6 +234,20 @@ def test_queries_keys_values_and_probabilities_are_on_their_grids():
   np.testing.assert_allclose(model.attention.attention_fn(q, k, v, mask=mask, deterministic=True), want, atol=1e-6)
 
 
+def test_keys_and_values_of_a_cache_are_on_their_grid_and_the_rest_in_floats():
+  model = qat.quantize(zoo.Attention(nnx.Rngs(0)), qat.recipes.get('float_kv4'))
+  q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  spread = lambda a: jnp.max(a, -1, keepdims=True) - jnp.min(a, -1, keepdims=True)
+  attend = model.attention.attention_fn
+  zeros = jnp.zeros_like(k)
+  shown = attend(q, zeros, v)                                            # The mean of the values as they are held.
+  assert 0 < jnp.abs(shown - jnp.repeat(v, 2, -2).mean(1, keepdims=True)).max() < spread(v).max() / 15 / 2
+  k_hat, v_hat = (STE(specs.affine(4, specs.TOKEN))(a) for a in (k, v))
+  np.testing.assert_allclose(attend(q, k, v), nnx.dot_product_attention(q, k_hat, v_hat), atol=1e-6)
+  assert (jnp.abs(k_hat - k) <= spread(k) / 15 * 0.51).all()
+  assert 'STE Spec(UINT4' in next(line for line in str(qat.explain(model)).splitlines() if 'attention_fn' in line)
+
+
 def test_a_list_of_params_learns_its_steps():
   model = qat.quantize(zoo.Containers(nnx.Rngs(0)), (qat.Rule('params/.*', lsq.LSQ(specs.integer(4, specs.CHANNEL))),))
   x = jnp.ones((2, zoo.WIDTH))

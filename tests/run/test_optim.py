@@ -82,6 +82,29 @@ def test_warmup_then_the_named_schedule():
   np.testing.assert_allclose(rates[10], 0.0, atol=1e-6)
 
 
+def test_two_stages_are_two_lines_to_zero():
+  c = config(learning_rate=1.5e-3)
+  c.total_steps, c.schedule.name = 12, 'two_stage_linear'
+  c.schedule.warmup_steps = 2
+  rates = [float(optim.schedule(c)(step)) for step in range(13)]
+  np.testing.assert_allclose(rates[2:7], 1.5e-3 * np.linspace(1, 0.6, 5), rtol=1e-6)
+  np.testing.assert_allclose(rates[7:], 1e-3 * np.linspace(0.5, 0, 6), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_weights_decay_no_longer_than_was_said(name):
+  c = config(name=name, learning_rate=0.1, weight_decay=0.5, weight_decay_until=0.3, clip_norm=0.0)
+  c.schedule.name = 'constant_schedule'
+  tx, _ = optim.optimizer(c, PARAMS)
+  state, found, zeros = tx.init(PARAMS), [], jax.tree.map(jnp.zeros_like, PARAMS)
+  for _ in range(5):
+    updates, state = jax.jit(tx.update)(zeros, state, PARAMS)
+    found.append(float(updates['layers/0/kernel'][0, 0]))
+  np.testing.assert_allclose(found, [-0.05] * 3 + [0] * 2, atol=1e-8)
+  with pytest.raises(ValueError, match='weight_decay_until 30: it is a share of all steps'):
+    optim.optimizer(config(weight_decay_until=30), PARAMS)
+
+
 def test_constant_and_unknown_schedules():
   c = config(learning_rate=0.3)
   c.schedule.name = 'constant_schedule'
