@@ -1,7 +1,7 @@
 """The definition of a product with a weight on a grid, in plain XLA, and two forms of it that keep the weight in codes.
 
-All are x @ decode(q), summed in f32. They differ in rounding: `decoded` rounds each weight to the dtype of x first,
-`grouped` multiplies by the scales after the sum over a group.
+All are x @ decode(q), summed in f32. They differ in rounding: `decoded` and `sliced` round each weight to the dtype of
+x first, `grouped` multiplies by the scales after the sum over a group.
 """
 
 import math
@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from qat.core import formats, qarray
 from qat.kernels import float8, groups as groups_, integer
+
+SLICE_NUMBERS = 2**20  # That `sliced` decodes at a time: 2 MiB in bfloat16, which stay in a GPU's cache.
+SLICED_ROWS = 256      # Beyond, a product takes longer than writing the decoded weight and reading it.
 
 
 def decoded(x, q):
@@ -72,20 +75,63 @@ def grouped(x, q):
 
 def values(w, dtype):
   """What the codes stand for in the format's units, in `dtype`: integers of 8 bits are exact in bfloat16."""
-  if isinstance(w.format, (formats.Int, formats.Binary)):
+  if isinstance(w.format, formats.Int | formats.Binary):
     signed = w.codes.dtype == jnp.uint8 and w.format.max <= 127  # XLA on GPU fuses the cast of signed ones.
     return (jax.lax.bitcast_convert_type(w.codes, jnp.int8) if signed else w.codes).astype(dtype)
   return w.format.decode(w.codes).astype(dtype)
+
+
+def sliced(x, q):
+  """x @ decode(q), some inputs at a time: no more of the decoded weight is held than a slice.
+
+  Args:
+    x: float[*rows, k].
+    q: QArray[k, n], in groups of inputs.
+
+  Returns:
+    [*rows, n], in the dtype of x.
+  """
+  w = groups_.of(q)
+  k, n = w.shape
+  rows, count = math.prod(x.shape[:-1]), slices(w)
+  each = max(count * w.size // k, 1)                                     # Slices of a group.
+  parts = lambda a: None if a is None else jnp.repeat(a, each, axis=0).reshape(count, -1, n)
+  spread = lambda a: jnp.repeat(a, k // count // a.shape[0], axis=0)
+
+  def add(y, part):
+    x, codes, scale, offset = part
+    numbers = w.format.decode(codes) * spread(scale)
+    numbers = (numbers if offset is None else numbers + spread(offset)).astype(x.dtype)
+    return y + jax.lax.dot(x, numbers, preferred_element_type=jnp.float32), None
+
+  columns = x.reshape(rows, count, k // count).swapaxes(0, 1)
+  codes = w.codes.reshape(count, k // count, n)
+  y, _ = jax.lax.scan(add, jnp.zeros((rows, n), jnp.float32), (columns, codes, parts(w.scale), parts(w.offset)))
+  return qarray.cast(y, x.dtype).reshape(*x.shape[:-1], n)
+
+
+def slices(w):
+  """How many slices of inputs `sliced` makes of a Groups: the fewest that are small, and of whole groups or in one."""
+  k, n = w.shape
+  fits = lambda c: k % c == 0 and 0 in (k // c % w.size, w.size % (k // c))
+  return next((c for c in range(1, k + 1) if fits(c) and k // c * n <= SLICE_NUMBERS), k)
 
 
 def best(x, q):
   """x @ decode(q), in the form that is fast on this process' default device."""
   if jax.default_backend() != 'gpu' or q.ndim != 2:                      # XLA on TPU fuses the decoding.
     return decoded(x, q)
+  return form(x, q)(x, q)
+
+
+def form(x, q):
+  """The form of a product by a matrix that is meant for GPUs: `grouped`, `sliced` or `decoded`."""
   size = groups_.group_size(q.spec, q.shape)
   rows, k = math.prod(x.shape[:-1]), x.shape[-1]
-  few = not isinstance(size, str) and 4 * rows * (k // size) < k         # f32[G, m, n] against codes of 8 bits.
-  return grouped(x, q) if few else decoded(x, q)
+  if isinstance(size, str) or rows > SLICED_ROWS:
+    return decoded
+  # XLA fuses the cast of integers into a product, and no table; it writes f32[G, m, n], to be less than 8-bit codes.
+  return grouped if isinstance(q.spec.format, formats.Int | formats.Binary) and 4 * rows * (k // size) < k else sliced
 
 
 def codes_by_codes(x, w):

@@ -43,9 +43,10 @@ def of_codes(name, input, rows):
   return scaled_matmul_gpu.matmul, (coded(INPUTS[input], rows, K), w)
 
 
-def grouped(name, rows):
-  """XLA's form with groups as a batch axis."""
-  return matmul_xla.grouped, (floats(rows), coded(WEIGHTS[name], K, N))
+def xla(name, rows):
+  """XLA's form on GPUs, which `best` takes there."""
+  x, w = floats(rows), coded(WEIGHTS[name], K, N)
+  return matmul_xla.form(x, w), (x, w)
 
 
 def block_scaled(rows):
@@ -85,14 +86,14 @@ too_many_registers = functools.partial(with_tiles, 16, 16, 128, 512, 2, 1)
 
 
 def __getattr__(name):
-  """`nf4_16` and `int8_x_int8_16`: by 16 rows; `grouped_int4_g128_16`; `batched_16`."""
+  """`nf4_16` and `int8_x_int8_16`: by 16 rows; `xla_int4_g128_16`; `batched_16`."""
   what, _, rows = name.rpartition('_')
   if not rows.isdigit():
     raise AttributeError(name)
   if what in ('block_scaled', 'batched', 'hadamard', 'attention'):
     return functools.partial(globals()[what], int(rows))
-  if what.startswith('grouped_'):
-    return functools.partial(grouped, what.removeprefix('grouped_'), int(rows))
+  if what.startswith('xla_'):
+    return functools.partial(xla, what.removeprefix('xla_'), int(rows))
   if '_x_' in what:
     return functools.partial(of_codes, *what.split('_x_'), int(rows))
   return functools.partial(weight_only, what, int(rows))

@@ -80,8 +80,9 @@ def test_what_does_not_fit_is_refused_by_us(case, said):
 
 
 @pytest.mark.parametrize('target', static_gpu.TARGETS)
-@pytest.mark.parametrize('case', ['grouped_int4_g128_16', 'grouped_int8_16'])
-def test_groups_as_a_batch_axis_hold_no_decoded_weight(case, target):
+@pytest.mark.parametrize('case', ['xla_int4_g128_16', 'xla_uint4_g128_16', 'xla_int8_16', 'xla_int4_g32_16',
+                                  'xla_nf4_16', 'xla_mxfp4_16', 'xla_nvfp4_64', 'xla_fp8_16', 'xla_nf4_256'])
+def test_what_xla_multiplies_holds_no_decoded_weight(case, target):
   found = report(case, target)
   assert found.error is None and found.temp_bytes < gpu_cases.K * gpu_cases.N
 

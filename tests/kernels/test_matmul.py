@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qat.core import codebooks, formats, qarray, specs
-from qat.kernels import matmul, matmul_tpu, matmul_xla
+from qat.kernels import groups, matmul, matmul_tpu, matmul_xla
 
 K, N = 256, 200
 WEIGHTS = {
@@ -20,7 +20,7 @@ WEIGHTS = {
     specs.kernel(specs.NF4_DQ), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.CHANNEL), 'MXFP4': specs.kernel(specs.MXFP4),
     'NVFP4': specs.kernel(specs.NVFP4), 'ternary': qarray.Spec(formats.TERNARY, specs.CHANNEL),
     'binary': qarray.Spec(formats.BINARY, specs.CHANNEL), 'tiles': specs.integer(4, (128, 100))}
-IMPLEMENTATIONS = {'decoded': matmul_xla.decoded, 'grouped': matmul_xla.grouped,
+IMPLEMENTATIONS = {'decoded': matmul_xla.decoded, 'grouped': matmul_xla.grouped, 'sliced': matmul_xla.sliced,
                    'tpu': functools.partial(matmul.matmul, implementation=matmul.Kernel('tpu', interpret=True))}
 CODES = {'int8': specs.integer(8, specs.TOKEN), 'int4': specs.integer(4, specs.TOKEN),
          'fp8': qarray.Spec(formats.FP8_E4M3, specs.TOKEN), 'uint8': specs.integer(8, specs.TENSOR, signed=False)}
@@ -58,10 +58,24 @@ def test_equals_the_product_in_float64(implementation, name):
     assert_product(y, inputs(rows), q)
 
 
+@pytest.mark.parametrize('name, slices', [('int4 by 128', 8), ('fp8', 8), ('int4 by 32', 8), ('Q4_K', 8)])
+def test_slices_are_of_whole_groups_or_within_one(name, slices, monkeypatch):
+  monkeypatch.setattr(matmul_xla, 'SLICE_NUMBERS', 32 * N)
+  q = weight(name)
+  assert matmul_xla.slices(groups.of(q)) == slices
+  assert_product(jax.jit(matmul_xla.sliced)(inputs(9), q), inputs(9), q)
+
+
+@pytest.mark.parametrize('name, rows, form', [
+    ('int8 a tensor', 3, 'grouped'), ('int4 by 32', 70, 'sliced'), ('NF4', 3, 'sliced'), ('tiles', 257, 'decoded')])
+def test_gpus_decode_no_whole_weight_for_few_rows(name, rows, form):
+  assert matmul_xla.form(inputs(rows), weight(name)).__name__ == form
+
+
 @pytest.mark.parametrize('name', ['int4 by 128', 'NF4', 'Q4_K'])
 def test_float32_is_exact_to_its_own_rounding(name):
   q, x = weight(name), inputs(5, jnp.float32)
-  for f in (matmul_xla.decoded, matmul_xla.grouped):
+  for f in (matmul_xla.decoded, matmul_xla.grouped, matmul_xla.sliced):
     np.testing.assert_allclose(wide(jax.jit(f)(x, q)), wide(x) @ wide(qarray.decode(q)), rtol=0, atol=1e-4)
 
 
