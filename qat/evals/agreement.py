@@ -142,20 +142,26 @@ def on_text(reference_fn, logits_fn, tokens, protocol):
   """The TextAgreement of two language models. One sequence of each is in memory at a time.
 
   Args:
-    reference_fn, logits_fn: i32[1, window] -> float[1, window, vocabulary]; the float model and the quantized one.
+    reference_fn, logits_fn: i32[1, window] -> float[1, window, vocabulary], as perplexity.parts takes them; the float
+      model and the quantized one.
     tokens: i32[windows, window], of `protocol.cut`.
     protocol: what is measured.
   """
-  parts, predicted = [], []
-  for i, (inputs, positions, targets) in enumerate(protocol.sequences(tokens)):
-    reference, logits = (ppls.logits_of(f, inputs, positions) for f in (reference_fn, logits_fn))
-    losses = (ppls.losses_of(a, targets, i) for a in (reference, logits))
-    parts.append((*_checked(divergence(reference, logits), f' of window {i}'), *losses))
-    predicted.append(targets)
-    del reference, logits, losses  # Before those of the next window are made.
-  kl, same, *losses = (np.concatenate(column) for column in zip(*parts))
+  columns, predicted = [], []
+  for i, sequence in enumerate(protocol.sequences(tokens)):
+    kl, same, *losses = (np.concatenate(column) for column in zip(*_compared(reference_fn, logits_fn, sequence)))
+    columns.append((*_checked((kl, same), f' of window {i}'), *(ppls.known(a, i) for a in losses)))
+    predicted.append(sequence[-1])
+  kl, same, *losses = (np.concatenate(column) for column in zip(*columns))
   count = ppls.units(predicted, protocol)
   return TextAgreement(kl, same, *(ppls.Perplexity(a, count, protocol) for a in losses))
+
+
+def _compared(reference_fn, logits_fn, sequence):
+  """Yields (kl, same, losses of each) of the parts of one of `protocol.sequences`."""
+  for (reference, logits), targets in ppls.parts([reference_fn, logits_fn], *sequence):
+    yield *map(np.asarray, divergence(reference, logits)), *(ppls.losses_of(a, targets) for a in (reference, logits))
+    del reference, logits  # Before those of the next part are made.
 
 
 def _checked(pair, where):

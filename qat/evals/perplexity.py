@@ -153,7 +153,8 @@ class Perplexity:
     return f'perplexity {self.ppl:.4g} +- {self.error:.2g} {self.protocol}'
 
 
-ROWS = 32  # whose softmax is in memory at a time: vocabularies are large.
+ROWS = 32       # whose softmax is in memory at a time: vocabularies are large.
+POSITIONS = 64  # whose logits are: 12 MiB of a vocabulary of 49,152.
 
 
 @jax.jit
@@ -171,13 +172,30 @@ def nll(logits, targets):
   return jax.lax.map(row, (logits, targets), batch_size=ROWS)
 
 
-def logits_of(logits_fn, inputs, positions):
-  """logits_fn's f32[k, v] at `positions` of one sequence i32[1, t]."""
-  logits = logits_fn(inputs)
-  if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
+def parts(logits_fns, inputs, positions, targets):
+  """Yields what models predict of one sequence, POSITIONS at a time.
+
+  Args:
+    logits_fns: each i32[1, t] -> float[1, t, v], an array or what gives its rows by [0, slice], as running.Rows does.
+    inputs: i32[1, t].
+    positions: slice of length k, of the logits that count.
+    targets: i32[k], what they are to predict.
+
+  Yields:
+    [float[n, v] of each function], i32[n]. Let go of them before the next are asked for.
+  """
+  found = [_checked(f(inputs), inputs) for f in logits_fns]
+  for start in range(positions.start, positions.stop, POSITIONS):
+    here = slice(start, min(start + POSITIONS, positions.stop))
+    yield [logits[0, here] for logits in found], targets[here.start - positions.start:here.stop - positions.start]
+
+
+def _checked(logits, inputs):
+  """The logits of a sequence, if they are of its shape."""
+  if len(logits.shape) != 3 or logits.shape[:2] != inputs.shape:
     raise ValueError(f'logits_fn returned shape {logits.shape} for tokens of shape {inputs.shape}: it is to return '
                      '[sequences, tokens, vocabulary]. Check what the model returns.')
-  return logits[0, positions]
+  return logits
 
 
 def perplexity(logits_fn, tokens, protocol):
@@ -186,7 +204,7 @@ def perplexity(logits_fn, tokens, protocol):
   One sequence is in memory at a time; losses are float32, and their sum float64.
 
   Args:
-    logits_fn: i32[1, window] -> float[1, window, vocabulary], of a causal model; jit it.
+    logits_fn: i32[1, window] -> float[1, window, vocabulary], of a causal model, as `parts` takes it; jit it.
     tokens: i32[windows, window], of `protocol.cut`.
     protocol: what is measured.
 
@@ -194,15 +212,20 @@ def perplexity(logits_fn, tokens, protocol):
     Perplexity.
   """
   losses, predicted = [], []
-  for i, (inputs, positions, targets) in enumerate(protocol.sequences(tokens)):
-    losses.append(losses_of(logits_of(logits_fn, inputs, positions), targets, i))
-    predicted.append(targets)
+  for i, sequence in enumerate(protocol.sequences(tokens)):
+    found = [losses_of(logits, targets) for (logits,), targets in parts([logits_fn], *sequence)]
+    losses.append(known(np.concatenate(found), i))
+    predicted.append(sequence[-1])
   return Perplexity(np.concatenate(losses), units(predicted, protocol), protocol)
 
 
-def losses_of(logits, targets, window):
-  """f64[k] of float[k, v] and i32[k]; raises at a NaN, naming the window by its number."""
-  losses = np.asarray(nll(logits, jnp.asarray(targets)), np.float64)
+def losses_of(logits, targets):
+  """f64[k] of float[k, v] and i32[k]."""
+  return np.asarray(nll(logits, jnp.asarray(targets)), np.float64)
+
+
+def known(losses, window):
+  """The losses f64[k] of one window; raises at a NaN, naming the window by its number."""
   if np.isnan(losses).any():
     raise ValueError(f'The loss of window {window} is NaN from predicted token {int(np.isnan(losses).argmax())} on: a '
                      'logit is NaN, or a token is beyond the vocabulary. Check the model and the tokenizer.')

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,8 +52,11 @@ def to_bytes(q):
   if format.bits > 8:
     words = codes
   else:
-    words = packing.pack(codes, format, packing.Trits() if isinstance(format, formats.Ternary) else packing.LowFirst())
+    words = _pack(codes, format, packing.Trits() if isinstance(format, formats.Ternary) else packing.LowFirst())
   return np.asarray(words).tobytes() + to_bytes(q.scale) + to_bytes(q.zero)
+
+
+_pack = jax.jit(packing.pack, static_argnums=(1, 2))  # One program a shape: its bits as int32 are never whole.
 
 
 def measure(model):

@@ -1,7 +1,9 @@
 """Runs a block on its batches, compiled once for all blocks of one structure."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -55,15 +57,38 @@ def capture(model, apply, batches, path):
   return [door(batch) for batch in batches]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """float[b, t, v] that a model returns, made at the positions that are asked for: rows[0, 3:5] is float[2, v].
+
+  Attributes:
+    rest: (batch, what the last block of its chain returns) -> what the model returns.
+    batch: what the model is given, arrays [b, t, ...].
+    last: f32[b, t, width], what the last block returns.
+  """
+  rest: Callable
+  batch: Any
+  last: jax.Array
+
+  @property
+  def shape(self):
+    return jax.eval_shape(self.rest, self.batch, self.last).shape
+
+  def __getitem__(self, index):
+    sequence, positions = index
+    return self.rest(*jax.tree.map(lambda a: a[sequence:sequence + 1, positions], (self.batch, self.last)))[0]
+
+
 def streamed(model, apply, blocks):
-  """batch -> apply(model, batch), in evaluation mode, one block of a chain after the other.
+  """batch -> the Rows of apply(model, batch), in evaluation mode, one block of a chain after the other.
 
   One XLA program of the whole network decodes the codes of all its layers before the first product: here those of one
-  block are in floats at a time, and blocks of one structure are compiled once.
+  block are in floats at a time, and blocks of one structure are compiled once. Logits of a large vocabulary are never
+  whole, for which what comes after the chain must treat each position by itself, as a decoder's norm and head do.
 
   Args:
     model: any; it is not to be changed as long as the function is used.
-    apply: (model, batch) -> an array.
+    apply: (model, batch) -> float[b, t, v], of a batch of arrays [b, t, ...].
     blocks: paths of all blocks of its chain (stages.chain), in order.
   """
   door, modules, rest = _door(model, apply, blocks[0]), dict(quantized.walk(model)), _rest(model, apply, blocks)
@@ -73,7 +98,7 @@ def streamed(model, apply, blocks):
     for path in blocks:
       y, = forward(modules[path], [inputs])
       inputs = inputs.after(y)
-    return rest(batch, y)
+    return Rows(rest, batch, y)
 
   return run
 

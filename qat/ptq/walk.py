@@ -112,11 +112,15 @@ class _Chain:
 
   def step(self, work):
     """On to the next block."""
-    outputs = running.forward(work.block, work.inputs)
-    self.inputs = [one.after(y) for one, y in zip(self.inputs, outputs)]
+    _onwards(work.block, self.inputs)
     if self.reads_floats:
-      outputs = running.forward(work.floats, work.float_inputs)
-      self.float_inputs = [one.after(y) for one, y in zip(self.float_inputs, outputs)]
+      _onwards(work.floats, self.float_inputs)
+
+
+def _onwards(block, inputs):
+  """Puts what `block` is called with next in the place of each of `inputs`: only one batch is held twice."""
+  for i, y in enumerate(running.forward(block, inputs)):
+    inputs[i] = inputs[i].after(y)
 
 
 def _full(stage, layer):

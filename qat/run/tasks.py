@@ -118,13 +118,13 @@ def _decoder(config):
 
 def _on_text(network, config, sequences, tokens, said):
   """The Task of a decoder; `said` are the text of `tokens` and that of the `sequences` for calibration, in words."""
-  protocol = perplexity.Protocol(said[0], *tokens.shape, tokens.shape[1])
+  protocol, floats = perplexity.Protocol(said[0], *tokens.shape, tokens.shape[1]), network.model
   return Task(
-      model=network.model, batches=split(config.calibration.batch_size, sequences),
+      model=floats, batches=split(config.calibration.batch_size, sequences),
       evaluate=lambda model: numbers(agreement.on_text(
-          *(streamed(m, tokens[:1]) for m in (network.model, model)), tokens, protocol)),
+          *(streamed(m, tokens[:1]) for m in (floats, model)), tokens, protocol)),
       about=dict(base=network.facts['base'], perplexity=str(protocol), calibration=f'{said[1]}, seed {config.seed}'),
-      links=(links.GATED, links.heads(network.model.config.head_dim)), loss=next_token)
+      links=(links.GATED, links.heads(floats.config.head_dim)), loss=next_token)
 
 
 def retrieval(config):
@@ -211,7 +211,7 @@ def forward(model):
 
 
 def streamed(model, inputs):
-  """As `forward`, block by block where the model is a chain of blocks: see running.streamed."""
+  """As `forward`, of a decoder: block by block where it is a chain of blocks, see running.streamed."""
   apply = lambda model, inputs: model(inputs)
   blocks = stages.chain(calls.trace(model, apply, inputs), model)
   return running.streamed(model, apply, blocks) if blocks else forward(model)

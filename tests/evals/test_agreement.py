@@ -62,6 +62,35 @@ def test_classes_that_cannot_occur():
   assert some.max_kl == some.mean_kl.value == np.inf and np.isnan(some.mean_kl.error) and some.median_kl.value == 0
 
 
+class Asked:
+  """f32[1, t, v] that notes how many rows are asked for at a time."""
+
+  def __init__(self, logits, counts):
+    self.logits, self.counts, self.shape = logits, counts, logits.shape
+
+  def __getitem__(self, index):
+    rows = self.logits[index]
+    self.counts.append(len(rows))
+    return rows
+
+
+def test_logits_of_a_long_window_are_never_whole():
+  tables, counts = jax.random.normal(jax.random.key(2), (2, 7, 7)) * 2, []
+  protocol = ppls.Protocol('random', 2, 150, 100)
+  tokens = protocol.cut(np.random.default_rng(0).integers(0, 7, 250))
+  whole = [lambda tokens, table=table: table[tokens] for table in tables]
+  asked = [lambda tokens, f=f: Asked(f(tokens), counts) for f in whole]
+  got, want = (agreements.on_text(*functions, tokens, protocol) for functions in (asked, whole))
+  assert counts[::2] == counts[1::2] == [64, 64, 21, 64, 36]              # 149 and 100 of them, by ppls.POSITIONS.
+  np.testing.assert_array_equal(got.kl, want.kl)
+  np.testing.assert_array_equal(got.reference.losses, ppls.perplexity(asked[0], tokens, protocol).losses)
+  windows = [protocol.targets, protocol.stride]
+  logits = np.concatenate([tables[0][row[:-1][-k:]] for row, k in zip(tokens, windows)])
+  targets = np.concatenate([row[-k:] for row, k in zip(tokens, windows)])
+  np.testing.assert_allclose(got.reference.losses, -scipy.special.log_softmax(np.float64(logits), axis=-1)[
+      np.arange(len(targets)), targets], rtol=1e-4, atol=1e-5)
+
+
 def test_two_models_on_one_text():
   tables = jax.random.normal(jax.random.key(2), (7, 7)) * 2
   noisy = tables + jax.random.normal(jax.random.key(3), (7, 7)) * 0.1

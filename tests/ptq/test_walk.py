@@ -1,6 +1,7 @@
 """The walk: what each stage sees, that it goes on where it was killed, and what comes out."""
 
 import dataclasses
+import gc
 import types
 
 from flax import nnx
@@ -177,3 +178,31 @@ def test_layers_of_a_block_see_its_float_weights_and_its_quantized_inputs():
   y = rule.input(nnx.silu(block.ffn.gate(y)) * block.ffn.up(y))
   y = np.asarray(y, np.float64).reshape(-1, block.ffn.down.in_features)
   np.testing.assert_allclose(seen[first]['ffn/down'].H, y.T @ y / len(y), rtol=1e-3, atol=1e-4)
+
+
+def live_bytes():
+  """Of all arrays on the device that somebody holds."""
+  gc.collect()
+  return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_it_holds_one_model_and_what_one_block_is_called_with():
+  model = decoder.llama(nnx.Rngs(0), vocab_size=31, context_length=16, width=32, layers=8, heads=2)
+  batches = [jax.random.randint(jax.random.key(i), (8, 16), 0, 31) for i in range(8)]
+  quantized = qat.quantize(model, [dataclasses.replace(RECIPE[0], weight=STE(specs.integer(4, (32, 1))))])
+  blocks = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model.blocks)))
+  inputs = 8 * 8 * 16 * 32 * 4                                            # Numbers of 4 bytes.
+  before, held = live_bytes(), []
+
+  class Spy(methods.Layerwise):
+    def gather(self, work, layers):
+      moments = super().gather(work, layers)
+      held.append(live_bytes() - before - sum(x.nbytes for x in jax.tree.leaves(moments)))
+      return moments
+
+  watch = lambda done: held.append(live_bytes() - before)
+  frozen, _ = walk.walk(quantized, model, batches, Spy(solvers.Nearest()), watch=watch)
+  coded = sum(x.nbytes for x in jax.tree.leaves(nnx.state(frozen, weights.Codes)))
+  assert 0.2 * blocks < coded < 0.4 * blocks                              # A byte a code, and the scales.
+  assert coded < held[-1] and max(held) < coded + 1.5 * inputs
+  assert blocks > 2 * inputs                                              # What a copy of the model would add.
