@@ -6,7 +6,9 @@ experiments/qlora.
 python -m qat.run.train --config configs/shakespeare.py:recipe=float --workdir /tmp/llama \
     --config.model.name=decoder.llama --config.model.layers=2 --config.total_steps=800
 python -m qat.run.finetune --config configs/lora.py:workdir=/tmp/llama,base=nf4_dq --workdir /tmp/llama_lora
-`:base=`, `:adapter=`, `:init=`, `:rank=` as in configs/smollm2_qlora.py.
+`:base=`, `:adapter=`, `:init=`, `:rank=` as in configs/smollm2_qlora.py. What merging leaves is a network again, whose
+codes take adapters as they are: after `qat merge --workdir /tmp/llama_lora --into grid`,
+`:workdir=/tmp/llama_lora/merged/grid_gptq,base=float`.
 """
 
 import re

@@ -4,6 +4,7 @@ Trains on verses of the World English Bible, 32 a step; the test is 512 verses o
 seen in training. 76.2 % of these are right after 200 steps, loss 0.712; 18.2 % before, the first of seven classes.
 Seven minutes on 2 busy CPU cores. Result: docs/results/finetune/minilm_nf4_dq.json
 python -m qat.run.finetune --config configs/minilm_lora.py --workdir /tmp/minilm_lora
+The adapter and the head are left in PEFT's layout in adapter/: qat/run/classification.py reads them again.
 `:base=` as in configs/smollm2_qlora.py; `:adapter=none` trains the head and all floats, with `base=float`.
 """
 

@@ -5,18 +5,29 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
     peft.save(model, 'my_adapter', families.FAMILIES['llama'], base='HuggingFaceTB/SmolLM2-135M-Instruct')
     model = peft.load(base_model, 'my_adapter', families.FAMILIES['llama'])
 
+    head = peft.Head('head', 'classifier', body='encoder', scale=20.0)   # Of a classifier of texts.
+    peft.save(classifier, 'my_adapter', families.FAMILIES['bert'], head=head)
+
 Layers are called by the family's names. Matrices are stored [r, in] and [out, r], those of an embedding [r, words] and
 [features, r]. Models out of GGUF files turn neighbours by their positions, and Hugging Face's the halves of a head:
 outputs of their queries and keys are reordered on the way out and in.
+
+A head is saved whole, as PEFT saves a classifier's (task_type SEQ_CLS, modules_to_save). What a head reads is not in
+the files: a classifier of qat/run/classification.py gives it the embedding of the text, the mean over its tokens of
+length 1, and transformers' BertForSequenceClassification the first token's vector through a tanh. An adapter of the one
+is none of the other.
 
 What PEFT has no place for is refused: adapters of layers stacked by scan, QA-LoRA's groups, and GPT-2's queries, keys
 and values, which are one layer there.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
 
+from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -24,25 +35,54 @@ import safetensors.numpy
 from qat.export import files
 from qat.models import rope
 from qat.models.pretrained import names
-from qat.nn import adapters, lora, rules
+from qat.nn import adapters, lora, quantized, rules
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 ROOT = 'base_model.model.'
 MAGNITUDE = 'lora_magnitude_vector'
+TASK = 'SEQ_CLS'
+CLASSIFIERS = {'classifier', 'score'}  # PEFT names both for this task, whichever of them the model has.
 # What changes the function that an adapter computes, and is not read.
-UNREAD = ('modules_to_save', 'layer_replication', 'lora_bias', 'trainable_token_indices', 'use_qalora',
+UNREAD = ('layer_replication', 'lora_bias', 'trainable_token_indices', 'use_qalora',
           'target_parameters', 'alora_invocation_tokens', 'fan_in_fan_out')
 
 
-def save(model, folder, family, name='default', base='', overwrite=False):
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The layer of a classifier that trains in full and is saved whole, and where the network is that it stands on.
+
+  Attributes:
+    path: of the head, an nnx.Linear in floats.
+    theirs: its name in Hugging Face's model: 'classifier' in encoders, 'score' in decoders.
+    body: path of the network whose layers the family names; '' for the model itself.
+    scale: what the head's inputs are multiplied by before they come to it. There they are not: it is stored in the
+      weight.
+  """
+  path: str
+  theirs: str = 'classifier'
+  body: str = ''
+  scale: float = 1.0
+
+  def layer(self, model):
+    """The nnx.Linear of a model."""
+    found = dict(quantized.walk(model)).get(self.path)
+    if not isinstance(found, nnx.Linear) or not isinstance(vars(found)['kernel'], nnx.Param):
+      raise ValueError(f"Head.path '{self.path}' is a {type(found).__name__} in a {type(model).__name__}: a head is an "
+                       'nnx.Linear in floats. Name one.')
+    return found
+
+
+def save(model, folder, family, name='default', base='', overwrite=False, head=None):
   """Writes the adapter `name` of a model.
 
   Args:
     model: what qat.lora returned.
-    folder: is made if it is not there; an adapter in it is written over only if `overwrite`.
+    folder: is made if it is not there.
     family: family.Family, by whose names layers are called.
     name: of the adapter.
     base: the name or path of the base model, which PEFT reads. LoftQ and PiSSA change the base: save that as well.
+    overwrite: whether an adapter that is there may be written over.
+    head: of a classifier, a Head.
   """
   folder = pathlib.Path(folder)
   if not overwrite and (there := [f for f in (CONFIG, WEIGHTS) if (folder / f).exists()]):
@@ -50,7 +90,7 @@ def save(model, folder, family, name='default', base='', overwrite=False):
   chosen = {path: held[name] for path, held in lora.adapters(model).items() if name in held}
   if not chosen:
     raise ValueError(f'The model has no adapter {name!r}: it has {lora.names(model)}.')
-  modules = _modules(model, family)
+  modules = _modules(model, family, head)
   if lost := sorted(set(chosen) - {site.path for site in modules.values()}):
     raise ValueError(f'The adapters of {lost[:4]} have no layer of their own under the names of the family, so that '
                      'PEFT has no place for them. Merge them: qat.nn.merge.merge(model).')
@@ -58,12 +98,15 @@ def save(model, folder, family, name='default', base='', overwrite=False):
   tensors = {f'{ROOT}{theirs}.{part}': x for theirs, adapter in found.items()
              for part, x in _parts(adapter, modules[theirs], _outputs(model, modules[theirs])).items()}
   config = _config(found, modules, base)
+  if head is not None:
+    tensors |= {f'{ROOT}{head.theirs}.{part}': x for part, x in _head_parts(head, model).items()}
+    config |= dict(task_type=TASK, modules_to_save=[head.theirs])
   folder.mkdir(parents=True, exist_ok=True)
   files.write(folder / WEIGHTS, safetensors.numpy.save(tensors, {'format': 'pt'}))
   files.write(folder / CONFIG, (json.dumps(config, indent=2) + '\n').encode())
 
 
-def load(model, folder, family, name='default'):
+def load(model, folder, family, name='default', head=None):
   """A copy of a model with the adapter in a folder that PEFT or `save` wrote.
 
   Args:
@@ -71,10 +114,12 @@ def load(model, folder, family, name='default'):
     folder: of the two files.
     family: family.Family, by whose names layers are called.
     name: of the adapter in the copy.
+    head: of a classifier, a Head: what the folder must hold as well.
   """
   folder = pathlib.Path(folder)
   config, tensors = _read(folder)
-  modules = _modules(model, family)
+  tensors, whole = _apart(config, tensors, head, folder)
+  modules = _modules(model, family, head)
   found = _by_module(tensors, modules, family, folder)
   recipe = [_rule(config, theirs, modules[theirs], parts) for theirs, parts in found.items()]
   model = lora.lora(model, [*recipe, rules.Rule('.*')], name=name)
@@ -82,15 +127,58 @@ def load(model, folder, family, name='default'):
   for theirs, parts in found.items():
     site = modules[theirs]
     _fill(there[site.path][name], parts, site, _outputs(model, site), f'{folder / WEIGHTS}: {theirs}')
+  if head is not None:
+    _fill_head(head, model, whole, f'{folder / WEIGHTS}: {head.theirs}')
   return model
 
 
-def _modules(model, family):
+def _head_parts(head, model):
+  """{'weight': f32[out, in], 'bias': f32[out]} of a head."""
+  layer = head.layer(model)
+  parts = dict(weight=np.ascontiguousarray(head.scale * np.asarray(layer.kernel.get_value(), np.float32).T))
+  return parts if layer.bias is None else parts | dict(bias=np.asarray(layer.bias.get_value(), np.float32))
+
+
+def _apart(config, tensors, head, folder):
+  """({name: array} of the adapters, {part: array} of the head)."""
+  saved = set(config.get('modules_to_save') or ())
+  where = f'{folder / CONFIG}: it has modules_to_save {sorted(saved)}'
+  if head is None:
+    if saved:
+      raise ValueError(f'{where}, of task_type {config.get("task_type")!r}, which go with the adapter. Give the head '
+                       "that takes them, such as peft.Head('head', 'classifier').")
+    return tensors, {}
+  if head.theirs not in saved or saved - CLASSIFIERS - {head.theirs}:
+    raise ValueError(f'{where}, and {head.theirs!r} alone was asked for. Give the Head that names what is there.')
+  whole = {key: match[1] for key in tensors
+           if (match := re.fullmatch(rf'(?:{re.escape(ROOT)})?{re.escape(head.theirs)}\.(\w+)', key))}
+  return {key: x for key, x in tensors.items() if key not in whole}, {part: tensors[k] for k, part in whole.items()}
+
+
+def _fill_head(head, model, parts, where):
+  """Puts the arrays of the file into a head."""
+  layer = head.layer(model)
+  change = dict(weight=lambda x: x.T / np.float32(head.scale), bias=lambda x: x)
+  wanted = {part: v for part, v in (('weight', layer.kernel), ('bias', layer.bias)) if v is not None}
+  if set(parts) != set(wanted):
+    raise ValueError(f'{where}: it has {sorted(parts)}, and the head takes {sorted(wanted)}. The adapter is not whole, '
+                     'or of another classifier.')
+  for part, variable in wanted.items():
+    x = change[part](np.asarray(parts[part], np.float32))
+    if x.shape != variable.get_value().shape:
+      raise ValueError(f'{where}: {part} has shape {parts[part].shape}, which becomes {x.shape}, and the head takes '
+                       f'{variable.get_value().shape}: it is of other classes or of another width. Give the head as '
+                       'many outputs as there are classes.')
+    variable.set_value(jnp.asarray(x, variable.get_value().dtype))
+
+
+def _modules(model, family, head=None):
   """{layer's name in Hugging Face's model: Site}, for the layers that are one there as well."""
-  found = {}
-  for site in rules.sites(model):
+  found, prefix = {}, f'{head.body}/' if head and head.body else ''
+  sites = [s for s in rules.sites(model) if s.path.startswith(prefix) and not (head and s.path == head.path)]
+  for site in sites:
     if site.kind in ('Linear', 'Embed') and not site.lead:
-      row, theirs = names.find(family.table, f'{site.path}/{site.name}')
+      row, theirs = names.find(family.table, f'{site.path.removeprefix(prefix)}/{site.name}')
       if row.change in (names.transposed, names.unchanged):
         head = theirs.startswith('lm_head')                              # Outside of the model proper.
         found[('' if head else family.prefix) + theirs.removesuffix('.weight')] = site

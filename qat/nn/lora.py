@@ -119,7 +119,7 @@ def _recipe(rules, rank, alpha, settings):
     elif not isinstance(rule, (LoRA, rules_.Rule)):
       raise TypeError(f"The rule {rule!r} is a {type(rule).__name__}. Write a regular expression such as 'blocks/.*', "
                       'or LoRA(path, rank, alpha).')
-    elif any(getattr(rule, field) is not None for field in rules_.QUANTIZERS):
+    elif any(getattr(rule, field, None) is not None for field in rules_.QUANTIZERS):
       raise TypeError(f'qat.Rule({rule.path!r}) has quantizers, and qat.lora only adds adapters. Call qat.quantize '
                       'first.')
     recipe.append(rule)

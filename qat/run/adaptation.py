@@ -75,14 +75,18 @@ def filters(config):
 
 def adapted(model, config):
   """The network that trains: `model` on the grid of `config.recipe`, with the adapters of `config.adapter`."""
-  c = config.adapter
+  c, coded = config.adapter, has_codes(model)
+  if coded and (config.recipe or not c.rules):
+    raise ValueError(f'pretrained {config.pretrained!r} holds codes, which stay as they are, and the config would '
+                     f'{"put floats on a grid" if config.recipe else "train all weights"}. Give adapters and no '
+                     'recipe, or what qat merge --into float made.')
   if not c.rules and config.recipe:
     raise ValueError('adapter.rules is empty, so that all weights would train, and the recipe puts them on a grid: '
                      'codes do not train. Name layers in adapter.rules, or give no recipe; qat train trains on a grid.')
   if config.recipe:
     model = transform.quantize(model, recipes.resolve(config.recipe.to_dict()))
   if c.rules:
-    start, needs_floats = _start(c.init, c.options.to_dict(), bool(config.recipe))
+    start, needs_floats = _start(c.init, c.options.to_dict(), bool(config.recipe), coded)
     model = model if needs_floats else transform.freeze(model)
     scaling = names.resolve(adapters, c.scaling, 'adapter.scaling')
     # The threads of OpenBLAS wait for each other by spinning: on busy cores LoftQ took 6 times the time with two.
@@ -94,10 +98,18 @@ def adapted(model, config):
   return remat.remat(model, config.remat) if config.remat else model
 
 
-def _start(name, options, on_codes):
-  """(the value of lora_init, whether it takes the floats that the codes stand for)."""
+def has_codes(model):
+  """Whether any weight of a network is frozen."""
+  return bool(nnx.to_flat_state(nnx.state(model, weights.Codes)).leaves)
+
+
+def _start(name, options, on_codes, coded):
+  """(the value of lora_init, whether it takes the floats that the codes stand for); `coded`: there are none."""
   if name not in INITS:
     raise ValueError(f'adapter.init {name!r}: there is none of that name. {names.suggest(name, INITS)}')
+  if coded and not isinstance(INITS[name][0], lora_init.Random):
+    raise ValueError(f'adapter.init {name!r} starts from the floats that codes stand for, and pretrained has codes '
+                     'alone. Give init=gaussian.')
   start = INITS[name][0 if on_codes else 1]
   if start is None:
     raise ValueError(f'adapter.init {name!r} starts from what rounding took away, and the recipe leaves floats. Give a '
@@ -112,7 +124,7 @@ def _start(name, options, on_codes):
 def sources(config, network):
   """(training sequences, test sequences), packing.Sequences."""
   c, e = config.data, config.eval
-  where = published.located(config.pretrained)
+  where = published.origin(published.located(config.pretrained))
   tokenizer = tokenizers.from_json(config.tokenizer) if config.tokenizer else network.tokenizer
   if tokenizer is None:
     raise ValueError(f'pretrained {config.pretrained!r} has no tokenizer beside its weights: texts cannot be read. Put '
@@ -153,8 +165,8 @@ def fixed(model, config):
 
 
 def grid(recipe):
-  """A recipe in words: the grids of the layers that it names, or of all."""
-  return ', '.join(map(str, (recipe.get('rules') or recipe).values())) if recipe else 'float'
+  """A recipe in words: the grids of the layers that it names, or of all; without one the base is what it was."""
+  return ', '.join(map(str, (recipe.get('rules') or recipe).values())) if recipe else 'as it is'
 
 
 def fingerprint(arrays):

@@ -4,7 +4,12 @@
     config.objective = 'text_classification'
 
 The head trains in full, beside whatever adapters there are. It reads the embedding that the encoder was published for,
-the mean over tokens, of length 1; `scale` makes it long enough to be told apart.
+the mean over tokens, of length 1; `scale` makes it long enough to be told apart. Both are left in adapter/ in PEFT's
+layout, for a classifier whose logits are W e + b of the embedding e:
+
+    network, config = published.load('minilm'), configs.load('runs/minilm_lora')
+    model = classification.with_head(network, config)
+    model = peft.load(model, 'runs/minilm_lora/adapter', families.FAMILIES['bert'], head=classification.saved(model))
 """
 
 import dataclasses
@@ -13,6 +18,7 @@ import inspect
 from flax import nnx
 import numpy as np
 
+from qat.export import peft
 from qat.models import encoder as encoders
 from qat.run import names
 from qat.run import sentences
@@ -93,6 +99,11 @@ def sources(config, network):
   test = Examples([test.texts[i] for i in some], test.labels[some], test.classes)
   return tuple(Labelled(*sentences.encode(network.tokenizer, examples.texts, length), examples.labels)
                for examples, length in ((train, config.data.length), (test, config.eval.length)))
+
+
+def saved(model):
+  """The peft.Head of a Classifier."""
+  return peft.Head(HEAD, 'classifier', body='encoder', scale=model.scale)
 
 
 def with_head(network, config):

@@ -3,6 +3,8 @@
     qat finetune --config configs/<file>.py[:arg] --workdir <dir> [--config.<leaf>=<value>]
     qat finetune --plan --config configs/<file>.py[:arg]
 
+config.pretrained is a published network, the workdir of qat train, or a folder of qat merge: published.py.
+
 Leaves in workdir what qat train does, and adapter/ in PEFT's layout; checkpoints hold adapters and the optimizer's
 state, never the base. `--plan` runs nothing, and prints the memory that it would take; --config.pretrained may then be
 a name such as llama2_70b too.
@@ -18,6 +20,7 @@ from qat.models.pretrained import families
 from qat.nn import explain
 from qat.run import adaptation
 from qat.run import checkpoint
+from qat.run import classification
 from qat.run import config as configs
 from qat.run import errors
 from qat.run import hosts
@@ -122,7 +125,7 @@ def facts(run, model):
   found = dict(base_sha256=before, base_sha256_after=after, base_unchanged=after == before,
                trained_parameters=sum(x.size for x in run.state.params.values()),
                optimizer_bytes=states.size_bytes(run.state.opt_state))
-  if run.config.recipe:
+  if adaptation.has_codes(model):
     taken = size.measure(model)                                          # Packed: counted from bytes.
     found |= dict(quantized_weights=taken.weights, quantized_bytes=taken.quantized_bytes)
     return found | dict(bits_per_weight=taken.bits_per_weight, size_bytes=explain.explain(model).size_bytes)
@@ -133,9 +136,9 @@ def save_adapter(model, config, folder):
   """Writes the adapter as Hugging Face's PEFT keeps it, if it is one that PEFT has a place for."""
   reader = published.reader(published.located(config.pretrained))
   family = getattr(reader, 'family', families.FAMILIES['llama'])         # GGUF files are read as llama only.
-  model = model.encoder if adaptation.HEAD in config else model          # The head is in the checkpoint.
+  head = classification.saved(model) if adaptation.HEAD in config else None
   try:
-    peft.save(model, folder, family, base=config.pretrained, overwrite=True)
+    peft.save(model, folder, family, base=config.pretrained, overwrite=True, head=head)
   except ValueError as error:
     print(f"No adapter in PEFT's layout: {errors.join(error)}", file=sys.stderr)
 

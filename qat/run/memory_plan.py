@@ -14,17 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from qat.models import decoder
-from qat.models.pretrained import folder
-from qat.models.pretrained import gguf_file
 from qat.nn import weights
 from qat.run import adaptation
 from qat.run import build
+from qat.run import merged
 from qat.run import names
 from qat.run import offload
 from qat.run import optim
 from qat.run import published
 from qat.run import state as states
-from qat.run import trained
 
 DEPTHS = 2, 3
 
@@ -88,25 +86,29 @@ def shape_of(name):
   if name in SHAPES:
     sizes = SHAPES[name]
     return decoder.Config(**(decoder.LLAMA | dict(head_dim=128, tied_head=False) | sizes))
-  if name not in published.PUBLISHED and not any(c in name for c in './'):
-    raise ValueError(f'pretrained {name!r}: there is no such network, and no such shape to plan. '
-                     f'{names.suggest(name, [*published.PUBLISHED, *SHAPES])}')
-  reader = published.reader(published.located(name))
-  if isinstance(reader, gguf_file.GGUFFile):
-    return gguf_file.llama_config(reader)
-  if isinstance(reader, trained.Workdir):
-    found = reader.shape()
-  else:
-    found = reader.family.make_config(reader.settings) if isinstance(reader, folder.Folder) else None
+  reader = reader_of(name)
+  found = reader.shape() if hasattr(reader, 'shape') else None
   if not isinstance(found, decoder.Config):
     raise ValueError(f'pretrained {name!r} is no decoder, and plans are for those. Give one, or of {list(SHAPES)}.')
   return found
 
 
+def reader_of(name):
+  """What reads a published network; None for a name of SHAPES."""
+  if name in SHAPES:
+    return None
+  if name not in published.PUBLISHED and not any(c in name for c in './'):
+    raise ValueError(f'pretrained {name!r}: there is no such network, and no such shape to plan. '
+                     f'{names.suggest(name, [*published.PUBLISHED, *SHAPES])}')
+  return published.reader(published.located(name))
+
+
 def abstract(config, shape):
   """The network that would train, of shapes alone."""
-  dtype = jnp.dtype(config.dtype)
-  return nnx.eval_shape(lambda: adaptation.adapted(decoder.Decoder(shape, nnx.Rngs(0), dtype), config))
+  reader, dtype = reader_of(config.pretrained), jnp.dtype(config.dtype)
+  base = reader.abstract if isinstance(reader, merged.Merged) else (
+      lambda dtype, shape: decoder.Decoder(shape, nnx.Rngs(0), dtype))
+  return nnx.eval_shape(lambda: adaptation.adapted(base(dtype, shape), config))
 
 
 def compiled(config, shape):

@@ -8,17 +8,19 @@
     zeros    QA-LoRA's: the codes of the base stay, and their zeros move
 
 Prints the held-out loss and perplexity before and after, and the KL divergence between the two. Leaves in
-<dir>/merged/<name>: result.json, and model.safetensors under Hugging Face's names (float), or checkpoints/, codes and
-floats by their paths (grid and zeros; codes of less than a byte in a byte each).
+<dir>/merged/<name>: config.json, result.json, and model.safetensors under Hugging Face's names, or checkpoints/ where
+there are codes: these and floats by their paths, codes of less than a byte in a byte each. The folder is read as a
+published network: qat/run/merged.py says by what.
 """
 
 import argparse
+import json
 import math
 import pathlib
+import shutil
 import sys
 import time
 
-from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 import rich.box
@@ -33,7 +35,6 @@ from qat.models import decoder
 from qat.models.pretrained import families
 from qat.nn import explain
 from qat.nn import lora
-from qat.nn import merge as merges
 from qat.nn import weights
 from qat.ptq import merge as rounding
 from qat.ptq import methods
@@ -43,11 +44,11 @@ from qat.run import adaptation
 from qat.run import checkpoint
 from qat.run import config as configs
 from qat.run import finetune
+from qat.run import merged as networks
+from qat.run import metrics
 from qat.run import progress
 from qat.run import provenance
 from qat.run import published
-from qat.run import solved
-from qat.run import state as states
 
 INTO = ('float', 'grid', 'zeros')
 
@@ -64,24 +65,18 @@ def main(argv):
     raise ValueError(f'--method {args.method} --into {args.into}: only the grid is reached by a method. '
                      'Leave one of the two out.')
   run, model = trained(args.workdir)
-  if args.into != 'float' and not _has_codes(model):
+  if args.into != 'float' and not adaptation.has_codes(model):
     raise ValueError(f'--into {args.into}: the adapters of --workdir {str(args.workdir)!r} are beside floats, '
                      'which are on no grid. Use --into float.')
   for name in args.method if args.into == 'grid' else [args.into]:
     began = time.monotonic()
-    merged = to_grid(run, model, name, args.sequences) if args.into == 'grid' else WAYS[args.into](model)
+    merged = to_grid(run, model, name, args.sequences) if args.into == 'grid' else networks.FORMS[args.into](model)
     found = dict(into=args.into, method=name, config=configs.plain(run.config), seed=run.config.seed,
                  **compare(run, model, merged), wall_seconds=time.monotonic() - began, **provenance.provenance())
     folder = args.workdir / 'merged' / (name if args.into != 'grid' else f'grid_{name}')
-    folder.mkdir(parents=True, exist_ok=True)
-    write(merged, run.config, folder)
-    provenance.save(folder / 'result.json', found)
+    leave(merged, run.config, found, folder)
     rich.console.Console().print(printed(found))
     print(folder / 'result.json', flush=True)
-
-
-# Where to -> what makes it of an adapted model.
-WAYS = dict(float=merges.merge, zeros=merges.merge_pooled)
 
 
 def trained(workdir):
@@ -90,6 +85,9 @@ def trained(workdir):
   if 'adapter' not in config or not config.adapter.rules:
     raise ValueError(f'--workdir {str(workdir)!r} is of a run without adapters: there is nothing to merge. Give one of '
                      'qat finetune.')
+  if adaptation.HEAD in config:
+    raise ValueError(f'--workdir {str(workdir)!r} is of a classifier: decoders are merged here. Its adapters and head '
+                     'are in adapter/.')
   with config.unlocked():
     config.remat = ''                                                    # Nothing is trained here.
   step = max(checkpoint.steps(workdir), default=None)
@@ -127,27 +125,33 @@ def range_rule(model):
 def compare(run, model, merged):
   """The scores of both, and the KL divergence from the first to the second."""
   before, after = run.scorer(model), run.scorer(merged)
-  bits = size.measure(merged).bits_per_weight if _has_codes(merged) else 32.0
+  bits = size.measure(merged).bits_per_weight if adaptation.has_codes(merged) else 32.0
   return dict(metrics=dict(after, perplexity=math.exp(after['loss']), mean_kl=run.scorer.mean_kl(model, merged)),
               metrics_before=dict(before, perplexity=math.exp(before['loss'])), bits_per_weight=bits,
               size_bytes=explain.explain(merged).size_bytes)
 
 
-def _has_codes(model):
-  return bool(nnx.to_flat_state(nnx.state(model, weights.Codes)).leaves)
-
-
-def write(model, config, folder):
-  """Writes a network without adapters."""
-  if _has_codes(model):
-    _, params, rest = states.take_apart(model)
-    arrays = {path: solved.storable(np.asarray(x)) for path, x in (params | rest).items()}
-    with checkpoint.Checkpoints(folder, lambda metrics: 0.0, 1) as store:
-      store.save(0, arrays, dict(config=configs.plain(config)))
-    return
-  family = getattr(published.reader(published.located(config.pretrained)), 'family', families.FAMILIES['llama'])
-  model = decoder.halved(model)                                          # The order of Hugging Face's queries and keys.
-  bitsandbytes.save(model, folder / 'model.safetensors', family, overwrite=True)
+def leave(model, config, found, folder):
+  """Writes a network without adapters and its result, in place of what an earlier merge left."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.merged = dict(into=found['into'], method=found['method'])
+  reader = published.reader(published.located(config.pretrained))
+  coded = adaptation.has_codes(model)
+  if coded:
+    networks.check(model, reader, config)
+  about = folder / 'config.json'                                         # Makes it a network: removed first, put last.
+  about.unlink(missing_ok=True)
+  (folder / networks.WEIGHTS).unlink(missing_ok=True)
+  shutil.rmtree(checkpoint.folder(folder), ignore_errors=True)
+  folder.mkdir(parents=True, exist_ok=True)
+  if coded:
+    networks.write(model, folder)
+  else:                                                                  # Queries and keys in Hugging Face's order.
+    family = getattr(reader, 'family', families.FAMILIES['llama'])
+    bitsandbytes.save(decoder.halved(model), folder / networks.WEIGHTS, family)
+  provenance.save(folder / 'result.json', found)
+  metrics.write(about, json.dumps(configs.plain(config), indent=2) + '\n')
 
 
 def printed(found):

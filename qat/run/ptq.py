@@ -22,7 +22,9 @@ from qat.nn import transform
 from qat.ptq import named
 from qat.ptq import stages
 from qat.ptq import walk
+from qat.run import adaptation
 from qat.run import config as configs
+from qat.run import heap
 from qat.run import mesh
 from qat.run import metrics
 from qat.run import names
@@ -38,12 +40,16 @@ from qat.run import workdirs
 
 def main(config, workdir):
   """The whole run, from its config to its report."""
+  heap.one_arena()
   began, origin = time.monotonic(), provenance.provenance()
   devices = mesh.alone(mesh.make(config), 'qat ptq')
   workdir = workdirs.begin(workdir, config)
 
   # ------------------------------------------------------------------------ network, grids, ranges of the inputs
   task = names.resolve(tasks, config.task, 'task')(config)
+  if adaptation.has_codes(task.model):
+    raise ValueError(f'pretrained {config.pretrained!r} holds codes, and floats are put on a grid here. Give what qat '
+                     f'merge --into float made; qat evaluate --workdir {config.pretrained} says how good it is.')
   batches = devices.batches(task.batches)
   method = named.named(**config.method.to_dict(), links=task.links, loss=task.loss)
   floats = devices.module(transforms.before(task, config.transforms, recipes.resolve(config.recipe.to_dict())))
@@ -57,6 +63,7 @@ def main(config, workdir):
   placed = mesh.say(devices.facts(floats=nnx.state(floats), quantized=nnx.state(frozen)))
   walk_seconds, walk_bytes = time.monotonic() - start, provenance.peak_memory_bytes()
   metrics.write(workdir / 'coverage.json', json.dumps(coverage, indent=1) + '\n')
+  heap.release()
 
   # ------------------------------------------------------------------------ evaluate, report
   taken = size.measure(frozen)
@@ -77,7 +84,12 @@ def solve(model, floats, batches, method, workdir, config):
   """The walk, with its progress shown and its stages kept."""
   total = len(stages.stages(model, tasks.call, batches[0]))
   with solved.Solved(workdir) as store, progress.bar(total, 0, config.log_every_seconds) as bar:
-    return walk.walk(model, floats, batches, method, tasks.call, store, lambda done: bar.update(done, {}))
+
+    def watch(done):
+      bar.update(done, {})
+      heap.trim()
+
+    return walk.walk(model, floats, batches, method, tasks.call, store, watch)
 
 
 def rows(result):

@@ -8,6 +8,7 @@
     published.load('models/Qwen3-0.6B')           # a folder in Hugging Face's layout
     published.load('models/SmolLM2.gguf', 'bfloat16')
     published.load('runs/shakespeare')            # a workdir of `qat train`
+    published.load('runs/lora/merged/grid_gptq')  # what `qat merge` left
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from qat.models.pretrained import efficientnet
 from qat.models.pretrained import folder
 from qat.models.pretrained import gguf_file
+from qat.run import merged
 from qat.run import names
 from qat.run import packages
 from qat.run import trained
@@ -73,8 +75,8 @@ def load(name_or_path, dtype='float32'):
   """Loads a published network.
 
   Args:
-    name_or_path: one of PUBLISHED, a .gguf file, a folder in Hugging Face's layout, or the workdir of a finished float
-      run of `qat train`.
+    name_or_path: one of PUBLISHED, a .gguf file, a folder in Hugging Face's layout, the workdir of a finished float
+      run of `qat train`, or a folder that `qat merge` left, whose network is frozen if it was merged into codes.
     dtype: what the layers compute in.
 
   Returns:
@@ -133,14 +135,23 @@ def located(name_or_path):
 
 
 def reader(path):
-  """What reads the network of a file or folder: a value of READERS, or trained.Workdir."""
+  """What reads the network of a file or folder: a value of READERS, trained.Workdir or merged.Merged."""
   if trained.is_workdir(path):
     return trained.Workdir(path)
+  if merged.is_merged(path):
+    return merged.Merged(path, lambda name: reader(located(name)))
+  merged.refuse(path)
   ending = '' if path.is_dir() else path.suffix
   if path.is_file() and ending not in set(READERS) - {''}:
     raise ValueError(f'{path}: files ending in {ending!r} are not read. Give a file ending in one of '
                      f'{sorted(set(READERS) - {""})}, or a folder with config.json.')
   return READERS[ending](path)
+
+
+def origin(path):
+  """The file or folder of the network itself, or of the one that a merged one was fine-tuned from."""
+  found = reader(path)
+  return origin(located(found.config.pretrained)) if isinstance(found, merged.Merged) else path
 
 
 def _floating(dtype):

@@ -1,5 +1,6 @@
 """Adapters in PEFT's layout, on tiny decoders; tests/export/test_peft_peers.py asks PEFT itself."""
 
+import dataclasses
 import json
 import re
 
@@ -12,9 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from qat.export import peft
 from qat.models import decoder
+from qat.models import encoder
 from qat.models import rope
 from qat.models.pretrained import families
 from qat.nn import lora
+from qat.nn import recipes
+from qat.nn import transform
+from qat.run import classification
 
 FAMILY = families.FAMILIES['llama']
 TOKENS = jnp.arange(12).reshape(2, 6) % 32
@@ -108,7 +113,8 @@ def broken(tmp_path, **changes):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(peft_type='LOHA'), "'LOHA'"), (dict(modules_to_save=['head']), 'modules_to_save'), (dict(bias='all'), 'bias'),
+    (dict(peft_type='LOHA'), "'LOHA'"), (dict(bias='all'), 'bias'),
+    (dict(modules_to_save=['head']), "it has modules_to_save ['head']"),
     (dict(r=3), 'lora_A has shape'), (dict(r=99), 'rank 99')])
 def test_what_is_not_read_is_refused(tmp_path, changes, words):
   with pytest.raises(ValueError, match=re.escape(words)):
@@ -150,3 +156,93 @@ def test_nothing_is_written_over(tmp_path):
   with pytest.raises(ValueError, match='no adapter'):
     peft.save(model, tmp_path / 'new', FAMILY, name='other')
   assert (tmp_path / peft.WEIGHTS).read_bytes() == before and not (tmp_path / 'new').exists()
+
+
+BERT = families.FAMILIES['bert']
+ENCODER = [r'encoder/blocks/[\w/]+']
+INPUTS = dict(tokens=TOKENS, attended=jnp.array([[True] * 6, [True] * 4 + [False] * 2]))
+
+
+def classifier(classes=3, width=16, scale=20.0, seed=0):
+  config = encoder.Config(vocab_size=32, context_length=16, width=width, layers=2, heads=2, ffn_width=24)
+  return classification.Classifier(encoder.Encoder(config, nnx.Rngs(seed)), classes, scale, nnx.Rngs(seed))
+
+
+def trained(**sizes):
+  """A classifier with adapters and a head whose numbers are random."""
+  model = adapted(classifier(**sizes), ENCODER)
+  for i, p in enumerate((model.head.kernel, model.head.bias)):
+    p.set_value(jax.random.normal(jax.random.key(50 + i), p.get_value().shape))
+  return model
+
+
+def logits(model):
+  return np.asarray(nnx.jit(lambda m: m(INPUTS))(model))
+
+
+@pytest.mark.parametrize('scale', [16.0, 20.0])
+def test_a_classifier_is_saved_and_loaded_with_its_head(tmp_path, scale):
+  model = trained(scale=scale)
+  peft.save(model, tmp_path, BERT, head=classification.saved(model))
+  plain = classifier(scale=scale)
+  loaded = peft.load(plain, tmp_path, BERT, head=classification.saved(plain))
+  exact = dict(atol=0) if scale == 16 else dict(atol=1e-5)               # Powers of two round nothing.
+  np.testing.assert_allclose(logits(loaded), logits(model), rtol=0, **exact)
+  assert np.abs(logits(model)).max() > 1 and not logits(plain).any()     # The one that was given stays as it is.
+
+
+def test_a_head_is_laid_out_as_pefts(tmp_path):
+  model = trained()
+  peft.save(model, tmp_path, BERT, base='there', head=classification.saved(model))
+  tensors, config = load_file(tmp_path / peft.WEIGHTS), json.loads((tmp_path / peft.CONFIG).read_text())
+  assert (config['task_type'], config['modules_to_save']) == ('SEQ_CLS', ['classifier'])
+  assert config['target_modules'] == ['dense', 'key', 'query', 'value'] and len(tensors) == 2 * 2 * 6 + 2
+  np.testing.assert_allclose(tensors['base_model.model.classifier.weight'], 20 * model.head.kernel[...].T, rtol=1e-6)
+  np.testing.assert_array_equal(tensors['base_model.model.classifier.bias'], model.head.bias[...])
+  A = tensors['base_model.model.bert.encoder.layer.1.attention.output.dense.lora_A.weight']
+  adapter = lora.adapters(model)['encoder/blocks/1/attention/o']['default']
+  np.testing.assert_array_equal(A, adapter.A[...].T)
+
+
+def test_a_classifier_is_loaded_beside_codes(tmp_path):
+  model = trained()
+  peft.save(model, tmp_path, BERT, head=classification.saved(model))
+  recipe = recipes.resolve(dict(name='float', rules={ENCODER[0]: 'w8a16'}))
+  loaded = peft.load(transform.freeze(transform.quantize(classifier(), recipe)), tmp_path, BERT,
+                     head=classification.saved(model))
+  difference = np.abs(logits(loaded) - logits(model)).max()
+  assert 0 < difference < 0.1 * np.abs(logits(model)).max()
+
+
+def test_files_that_peft_writes_for_either_name_of_a_head_are_read(tmp_path):
+  model = trained()
+  peft.save(model, tmp_path, BERT, head=classification.saved(model))
+  config = json.loads((tmp_path / peft.CONFIG).read_text()) | dict(modules_to_save=['classifier', 'score'])
+  (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+  np.testing.assert_allclose(logits(peft.load(classifier(), tmp_path, BERT, head=classification.saved(model))),
+                             logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes, head, words', [
+    ({}, None, "of task_type 'SEQ_CLS', which go with the adapter. Give the head"),
+    ({}, dict(theirs='score'), "and 'score' alone was asked for"),
+    ({}, dict(path='encoder/norm'), "Head.path 'encoder/norm' is a LayerNorm"),
+    (dict(classes=4), {}, 'weight has shape (3, 16), which becomes (16, 3), and the head takes (16, 4)'),
+    (dict(width=32), {}, 'another model')])
+def test_a_head_of_another_classifier(tmp_path, sizes, head, words):
+  saved = classification.saved(classifier())
+  peft.save(trained(), tmp_path, BERT, head=saved)
+  with pytest.raises(ValueError, match=re.escape(words)):
+    peft.load(classifier(**sizes), tmp_path, BERT, head=None if head is None else dataclasses.replace(saved, **head))
+
+
+def test_a_head_that_is_not_there(tmp_path):
+  head = classification.saved(classifier())
+  peft.save(trained(), tmp_path / 'whole', BERT, head=head)
+  kept = load_file(tmp_path / 'whole' / peft.WEIGHTS)
+  save_file({k: x for k, x in kept.items() if not k.endswith('classifier.bias')}, tmp_path / 'whole' / peft.WEIGHTS)
+  with pytest.raises(ValueError, match=r"it has \['weight'\], and the head takes \['bias', 'weight'\]"):
+    peft.load(classifier(), tmp_path / 'whole', BERT, head=head)
+  with pytest.raises(ValueError, match='no layer of their own'):         # An adapter outside of the body.
+    peft.save(adapted(classifier(), [*ENCODER, 'head']), tmp_path / 'new', BERT, head=head)
+  assert not (tmp_path / 'new').exists()

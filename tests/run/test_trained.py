@@ -11,6 +11,7 @@ from qat.models import decoder
 from qat.run import build
 from qat.run import cli
 from qat.run import config as configs
+from qat.run import evaluate
 from qat.run import published
 from qat.run import shakespeare
 from qat.run import trained
@@ -61,7 +62,10 @@ def test_it_is_fine_tuned_and_merged(workdir, tmp_path, arg, into):
   assert saved['r'] == 4
   assert cli.main(['merge', '--workdir', str(tmp_path), '--into', into]) == 0
   path, = (tmp_path / 'merged').glob('*/result.json')
-  assert abs(json.loads(path.read_text())['metrics']['loss'] - found['metrics']['loss']) < 0.05
+  measured = json.loads(path.read_text())['metrics']
+  assert abs(measured['loss'] - found['metrics']['loss']) < 0.05
+  *_, scores = evaluate.evaluation(configs.load(path.parent), path.parent)     # Of fresh objects, off the disk.
+  assert scores == {name: measured[name] for name in scores} and 'loss' in scores
 
 
 def test_a_plan_is_made_of_it(workdir, tmp_path, capfd):

@@ -46,9 +46,13 @@ class Folder:
 
   def model(self, dtype='float32'):
     """The network that the folder holds; its layers compute in `dtype`, its parameters are float32."""
-    family, config = self.family, self.family.make_config(self.settings)
+    family, config = self.family, self.shape()
     return fill.fill(
         lambda: family.make_model(config, jnp.dtype(dtype)), self.tensors, family.table, self.path, family.ignored)
+
+  def shape(self):
+    """The sizes and the form of the network: decoder.Config or encoder.Config."""
+    return self.family.make_config(self.settings)
 
   def tokenizer(self):
     """The tokenizers.Tokenizer of the folder, or None if there is no tokenizer.json."""

@@ -63,9 +63,13 @@ class GGUFFile:
 
   def model(self, dtype='float32'):
     """The network that the file holds; its layers compute in `dtype`, its parameters are float32."""
-    config = llama_config(self)
+    config = self.shape()
     return fill.fill(
         lambda: decoder.Decoder(config, nnx.Rngs(0), jnp.dtype(dtype)), self.tensors, LLAMA, self.path, READ_BEFORE)
+
+  def shape(self):
+    """The decoder.Config of the network."""
+    return llama_config(self)
 
   def tokenizer(self):
     """The tokenizers.Tokenizer that the file describes, or None if it describes none."""
