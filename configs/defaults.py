@@ -57,6 +57,7 @@ def base():
   config.init_from = ''  # The workdir of a finished float run.
 
   config.recipe = mlc.ConfigDict()  # Empty: stay in floats.
+  config.compute = 'low_bit'  # Products of codes where the device has them; 'float': of the decoded numbers.
   config.calibrate_batches = 4
 
   config.objective = 'classification'

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from qat.core import qarray
 from qat.kernels import (
-    matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu, tuned)
+    block_scaled, matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu, tuned)
 
 # Each has LAYOUT, unsupported(x, w), prepare(q), matmul(x, p, **settings of a Kernel) and decode(p, dtype).
 MODULES = {'gpu': matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
@@ -187,11 +187,15 @@ def _check(x, w):
 
 
 def _rows(x):
-  """QArray[*rows, k] as one matrix, whose scales are one a row or one for all: QArray[m, k]."""
+  """QArray[*rows, k] as one matrix, whose scales are one a row, one for all or E8M0: QArray[m, k]."""
+  if x.ndim == 2:
+    return x
   flat = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
   decoded = lambda a: qarray.decode(a) if isinstance(a, qarray.QArray) else a
-  return x if x.ndim == 2 else dataclasses.replace(
-      x, codes=flat(x.codes), scale=flat(decoded(x.scale)), zero=flat(decoded(x.zero)))
+  scale = flat(decoded(x.scale))
+  if block_scaled.fits(x, -1) and x.scale.scale is None:                 # Read as it is.
+    scale = dataclasses.replace(x.scale, codes=flat(x.scale.codes))
+  return dataclasses.replace(x, codes=flat(x.codes), scale=scale, zero=flat(decoded(x.zero)))
 
 
 def _described(a):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import formats, qarray
-from qat.kernels import float8, groups as groups_, integer
+from qat.kernels import block_scaled, float8, groups as groups_, integer
 
 SLICE_NUMBERS = 2**20  # That `sliced` decodes at a time: 2 MiB in bfloat16, which stay in a GPU's cache.
 SLICED_ROWS = 256      # Beyond, a product takes longer than writing the decoded weight and reading it.
@@ -148,6 +148,8 @@ def codes_by_codes(x, w):
     return integer.matmul(x, w)
   if float8.fits(x, -1) and float8.fits(w, -2):
     return float8.matmul(x, w)
+  if block_scaled.available() and block_scaled.fits(x, -1) and block_scaled.fits(w, -2):
+    return block_scaled.matmul(x, w)
   if integer.fits(x, -1) and x.zero is None and x.spec.format.max <= 127 and _is_whole(w):
     return _integer_groups(x, w)
   return decoded(qarray.decode(x), w)

@@ -1,9 +1,9 @@
 """Products of a quantized input and a quantized weight.
 
 Where both are integers and their scales do not change along the sum, the product is one of int8 codes
-with int32 sums, in training as in serving: what is trained is, bit for bit, what is served. So are those of fp8, where
-the device multiplies it. The gradient is that of the product of the decoded operands. Other grids multiply decoded
-operands.
+with int32 sums, in training as in serving: what is trained is, bit for bit, what is served. So are those of fp8,
+MXFP8 and NVFP4, where the device multiplies them. The gradient is that of the product of the decoded operands. Other
+grids, and layers that were quantized with compute='float', multiply decoded operands.
 
 Frozen weights go to qat/kernels, which multiply by codes: those that `qat.prepare` put in a kernel's layout, and on GPU
 and TPU all. On CPU those that were not prepared are decoded, as in training, and so give the same bits.
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.kernels import float8, integer, matmul, prepared
+from qat.kernels import block_scaled, float8, integer, matmul, prepared
 from qat.nn import layouts, weights
 from qat.quantizers import base
+
+KINDS = (integer, float8, block_scaled)  # Products of codes.
 
 
 def rows(x, contract, batch):
@@ -46,9 +48,9 @@ def unrows(x, shape, contract, batch):
 @jax.jit  # Layers of one shape are traced, and differentiated, once.
 @jax.custom_jvp
 def code_product(x_hat, w_hat, x, w):
-  """The product of two QArrays, of integers or of fp8, with the gradient of x_hat @ w_hat."""
+  """The product of two QArrays that one of KINDS fits, with the gradient of x_hat @ w_hat."""
   del x_hat, w_hat
-  return (integer if integer.fits(w, -2) else float8).matmul(x, w)
+  return _kind(x, w, KINDS).matmul(x, w)
 
 
 @code_product.__wrapped__.defjvp
@@ -109,7 +111,7 @@ def _codes_by_codes(quantizers, x, w, weight, variable):
   w_codes = weight.encode(variable)
   if isinstance(w_codes, prepared.Prepared):
     return matmul.matmul(x_codes if matmul.explain(x_codes, w_codes)[w_codes.target] is None else x_hat, w_codes)
-  if not any(kind.fits(x_codes, -1) and kind.fits(w_codes, -2) for kind in _kinds()):
+  if quantizers.compute == 'float' or _kind(x_codes, w_codes, _kinds()) is None:
     return None
   return code_product(x_hat, weight.layout.to_matrix(w), x_codes, w_codes)
 
@@ -157,7 +159,14 @@ def einsum(original, quantizers, weight, variable):
 
 def _kinds():
   """The products of codes that this process' device has. CPUs have none of fp8, and would cast each operand."""
-  return (integer,) if jax.default_backend() == 'cpu' else (integer, float8)
+  if jax.default_backend() == 'cpu':
+    return KINDS[:1]
+  return KINDS if block_scaled.available() else KINDS[:2]
+
+
+def _kind(x, w, kinds):
+  """That of `kinds` which multiplies these codes, or None."""
+  return next((kind for kind in kinds if kind.fits(x, -1) and kind.fits(w, -2)), None)
 
 
 def _placed(quantizers, canonical, x, contract, batch):

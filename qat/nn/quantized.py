@@ -17,6 +17,10 @@ from qat.core import qarray
 from qat.nn import dot, weights
 
 
+# By their codes, where the device has a product of them; or decoded, in floats: the same but for rounding of sums.
+COMPUTE = ('low_bit', 'float')
+
+
 class Label(str):
   """A name for messages. All are equal, so that two layers of one structure share their compiled programs."""
 
@@ -36,10 +40,11 @@ class Quantizers(nnx.Module):
     weights: parameter name -> weights.Weight.
     input, output, gradient: a quantizer, or None for floats.
     scores: attention.Scores, or None.
+    compute: of COMPUTE: how an input and a weight that are both on a grid are multiplied.
   """
 
   def __init__(self, path, lead):
-    self.path, self.lead = Label(path), lead
+    self.path, self.lead, self.compute = Label(path), lead, COMPUTE[0]
     self.weights = nnx.Dict()
     self.input, self.output, self.gradient, self.scores = (nnx.data(None) for _ in range(4))
 

@@ -7,7 +7,7 @@ from qat.nn import attention, quantized, rules, weights
 Rule = rules.Rule
 
 
-def quantize(model, recipe):
+def quantize(model, recipe, compute='low_bit'):
   """A copy of `model` whose layers have the quantizers of the first rule that they match.
 
   The copy shares the arrays of `model`, which stays as it is. Params keep their paths and their floats;
@@ -16,10 +16,14 @@ def quantize(model, recipe):
   Args:
     model: any nnx.Module.
     recipe: Rules, in order; see qat.nn.recipes for named ones.
+    compute: 'low_bit', for products of int8 (or fp8) codes where input and weight have them and the device does; or
+      'float', for products of decoded operands throughout. They differ by rounding of sums.
 
   Returns:
     A model of the same class. Where inputs have quantizers that need a range, call `calibrate` next.
   """
+  if compute not in quantized.COMPUTE:
+    raise ValueError(f'compute {compute!r}: products are of {quantized.COMPUTE}. Choose one.')
   chosen = {site.path: rule for site, rule in rules.first_matches(recipe, rules.sites(model)).items()}
   model = nnx.clone(model)
   found = {site.path: site for site in rules.sites(model)}
@@ -27,6 +31,8 @@ def quantize(model, recipe):
   for path, rule in chosen.items():  # In the order of definition, which a copy does not keep.
     if rule is not None:
       _quantize_site(found[path], rule, shared)
+      if (q := quantized.of(found[path].module)) is not None:
+        q.compute = compute
   return model
 
 

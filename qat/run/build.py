@@ -129,7 +129,7 @@ def quantized(model, config, source):
   """
   if not config.recipe:
     return model
-  model = transform.quantize(model, recipes.resolve(config.recipe.to_dict()))
+  model = transform.quantize(model, recipes.resolve(config.recipe.to_dict()), config.get('compute', 'low_bit'))
   batches = data.batches(source, config.data.batch_size, seed=config.seed, shuffle=True, repeat=True)
   some = itertools.islice(batches, config.calibrate_batches)
   inputs = objective(config).inputs

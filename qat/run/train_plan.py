@@ -60,7 +60,8 @@ def measured(config):
 def network(config, goal, batch):
   """The network that would train: of shapes alone, unless its ranges need numbers."""
   rules = recipes.resolve(config.recipe.to_dict()) if config.recipe else ()
-  make = lambda: build.float_model(config) if not rules else transform.quantize(build.float_model(config), rules)
+  on_grid = lambda model: transform.quantize(model, rules, config.get('compute', 'low_bit')) if rules else model
+  make = lambda: on_grid(build.float_model(config))
   if not any(getattr(q, 'observer', None) for rule in rules for q in (rule.input, rule.scores, rule.cache)):
     return nnx.eval_shape(make)
   random = np.random.default_rng(0)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import formats, qarray, specs
-from qat.kernels import attention_gpu, hadamard_gpu, matmul_gpu, matmul_xla, scaled_matmul_gpu, tiles_gpu
+from qat.kernels import block_scaled as block_scaled_
+from qat.kernels import attention_gpu, encode_gpu, hadamard_gpu, matmul_gpu, matmul_xla, scaled_matmul_gpu, tiles_gpu
 
 K = N = 4096
 WEIGHTS = {
@@ -14,6 +15,7 @@ WEIGHTS = {
     'uint4_g128': specs.affine(4, (128, 1)), 'int8': specs.integer(8, (None, 1)), 'nf4': specs.kernel(specs.NF4),
     'mxfp4': specs.kernel(specs.MXFP4), 'nvfp4': specs.kernel(specs.NVFP4),
     'fp8': qarray.Spec(formats.FP8_E4M3, (None, 1))}
+BLOCK_SCALED = {'mxfp8': specs.MXFP8, 'nvfp4': specs.NVFP4}
 INPUTS = {'int8': specs.integer(8, specs.TOKEN), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.TOKEN)}
 
 
@@ -49,12 +51,10 @@ def xla(name, rows):
   return matmul_xla.form(x, w), (x, w)
 
 
-def block_scaled(rows):
-  """MXFP8 on both sides, as XLA hands to cuDNN on Blackwell."""
-  codes = lambda rows: jax.ShapeDtypeStruct((1, rows, K), jnp.float8_e4m3fn)
-  scales = lambda rows: jax.ShapeDtypeStruct((1, rows, K // 32), jnp.float8_e8m0fnu)
-  return (lambda x, w, x_scale, w_scale: jax.nn.scaled_matmul(x, w, x_scale, w_scale),
-          (codes(rows), codes(N), scales(rows), scales(N)))
+def block_scaled(name, rows):
+  """MXFP8 or NVFP4 on both sides, as XLA hands to cuDNN on Blackwell."""
+  spec = BLOCK_SCALED[name]
+  return block_scaled_.matmul, (coded(spec, rows, K), coded(specs.kernel(spec), K, N))
 
 
 def batched(rows):
@@ -67,6 +67,14 @@ def batched(rows):
 
 def hadamard(n):
   return hadamard_gpu.transform, (jax.ShapeDtypeStruct((512, n), jnp.bfloat16),)
+
+
+def encode(k, name='int8', encode=encode_gpu.encode):
+  return lambda x: encode(x, INPUTS[name]), (jax.ShapeDtypeStruct((512, k), jnp.bfloat16),)
+
+
+encode_fp8 = functools.partial(encode, name='fp8')
+xla_encode = functools.partial(encode, encode=qarray.encode)
 
 
 def attention(tokens):
@@ -90,7 +98,9 @@ def __getattr__(name):
   what, _, rows = name.rpartition('_')
   if not rows.isdigit():
     raise AttributeError(name)
-  if what in ('block_scaled', 'batched', 'hadamard', 'attention'):
+  if what.startswith('block_scaled_'):
+    return functools.partial(block_scaled, what.removeprefix('block_scaled_'), int(rows))
+  if what in ('batched', 'hadamard', 'encode', 'encode_fp8', 'xla_encode', 'attention'):
     return functools.partial(globals()[what], int(rows))
   if what.startswith('xla_'):
     return functools.partial(xla, what.removeprefix('xla_'), int(rows))

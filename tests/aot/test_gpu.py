@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -60,6 +61,24 @@ def test_rotations_are_one_pass(case):
   assert {op.split('.')[0] for op in found.mma} == {'HGMMA'}
 
 
+@pytest.mark.parametrize('case', ['encode_4096', 'encode_16384', 'encode_fp8_4096', 'encode_fp8_16384'])
+def test_encoding_is_one_pass(case):
+  found = report(case)
+  assert found.error is None and found.spill_bytes == 0 and not found.losses
+  assert found.temp_bytes == 0 and found.calls == ('mosaic_gpu_v2',)
+
+
+def test_encoding_divides_as_xla_does(tmp_path, monkeypatch):
+  """The same approximations, so that scales on the device are equal to the bit."""
+  compile = lambda case, keep: static_gpu.compile(f'tests.aot.gpu_cases:{case}', 'h200', keep)
+  divisions = lambda folder: sorted(op for ptx in folder.glob('**/*.ptx')
+                                    for op in re.findall(r'\b(?:div|rcp)\.[\w.]+', ptx.read_text()))
+  assert compile('encode_4096', tmp_path / 'kernel').error is None
+  monkeypatch.setenv('XLA_FLAGS', f'--xla_dump_to={tmp_path / "xla"} --xla_dump_emitter_re=.*')  # PTX too.
+  assert compile('xla_encode_4096', None).error is None
+  assert divisions(tmp_path / 'kernel') == divisions(tmp_path / 'xla') == ['div.full.f32', 'rcp.approx.f32']
+
+
 def test_attention_writes_little_beside_the_cache_it_reads():
   found = report('attention_8192')
   assert found.error is None and found.spill_bytes == 0 and not found.losses
@@ -87,8 +106,9 @@ def test_what_xla_multiplies_holds_no_decoded_weight(case, target):
   assert found.error is None and found.temp_bytes < gpu_cases.K * gpu_cases.N
 
 
-def test_blackwell_multiplies_block_scaled_operands_as_they_are():
-  found = report('block_scaled_512', 'b200')
+@pytest.mark.parametrize('name', ['mxfp8', 'nvfp4'])
+def test_blackwell_multiplies_block_scaled_operands_as_they_are(name):
+  found = report(f'block_scaled_{name}_512', 'b200')
   assert found.error is None and found.temp_bytes < gpu_cases.K * gpu_cases.N
   assert '__cudnn$blockScaledDot' in found.calls
 

@@ -40,6 +40,24 @@ def test_frozen_and_trained_layers_run_an_int8_dot(name):
     assert int8_dots(program.compile().as_text()) == 1
 
 
+@pytest.mark.parametrize('name', ['w8a8', 'w4a8', 'w8a8_static'])
+def test_compute_in_floats_differs_by_rounding_of_sums_alone(name):
+  make = lambda compute: qat.calibrate(
+      qat.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), recipes.get(name), compute=compute), [X])
+  low, wide = make('low_bit'), make('float')
+  for m in (wide, qat.freeze(wide)):
+    program = lowered(m, X).compile()
+    assert int8_dots(program.as_text()) == 0
+  run = nnx.jit(lambda m: m(X))
+  np.testing.assert_array_equal(run(wide), run(qat.freeze(wide)))
+  difference = np.abs(np.asarray(run(low), np.float64) - np.asarray(run(wide), np.float64))
+  assert 0 < difference.max() < 64 * 2.0**-24 * np.abs(run(low)).max() * 8
+  slope = nnx.jit(nnx.grad(lambda m: (m(X) ** 2).sum()))
+  np.testing.assert_allclose(slope(wide).kernel[...], slope(low).kernel[...], rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="compute 'int8': products are of"):
+    make('int8')
+
+
 def test_a_float_dot_is_no_int8_dot():
   model = qat.freeze(qat.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), recipes.get('w8a16')))
   program = lowered(model, X)

@@ -1,0 +1,73 @@
+"""What Blackwell is given is x @ w: cuDNN's product stands in by what jax.nn.scaled_matmul documents."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qat
+from qat.core import qarray, specs
+from qat.kernels import block_scaled, matmul
+from qat.nn import dot, recipes
+
+GRIDS = {'MXFP8': specs.MXFP8, 'MXFP8 E5M2': specs.MXFP8_E5M2, 'NVFP4': specs.NVFP4}
+
+
+def documented(lhs, rhs, lhs_scales, rhs_scales, preferred_element_type):
+  wide = lambda a, s: a.astype(jnp.float32) * jnp.repeat(s.astype(jnp.float32), a.shape[-1] // s.shape[-1], axis=-1)
+  return jnp.einsum('bmk,bnk->bmn', wide(lhs, lhs_scales), wide(rhs, rhs_scales), precision='highest',
+                    preferred_element_type=preferred_element_type)
+
+
+@pytest.fixture(autouse=True)
+def blackwell(monkeypatch):
+  monkeypatch.setattr(jax.nn, 'scaled_matmul', documented)
+
+
+def operands(spec, *lead):
+  x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((*lead, 2, 3, 64), (*lead, 64, 24))))
+  return qarray.encode(x, spec), qarray.encode(w, specs.kernel(spec))
+
+
+@pytest.mark.parametrize('name', GRIDS)
+@pytest.mark.parametrize('lead', [(), (5,)])
+def test_equals_the_product_in_float64(name, lead):
+  x, w = operands(GRIDS[name], *lead)
+  assert block_scaled.fits(x, -1) and block_scaled.fits(w, -2) and not block_scaled.fits(w, -1)
+  a, b = (np.asarray(qarray.decode(q), np.float64) for q in (x, w))
+  np.testing.assert_allclose(jax.jit(block_scaled.matmul)(x, w), np.einsum('...rtk,...kn->...rtn', a, b), atol=2e-5)
+
+
+@pytest.mark.parametrize('spec', [specs.MXFP4, specs.MXINT8, specs.integer(8, (32,)), specs.integer(8, specs.TOKEN)])
+def test_other_grids_do_not_fit(spec):
+  assert not block_scaled.fits(qarray.encode(jnp.ones((4, 64)), spec), -1)
+
+
+@pytest.mark.parametrize('recipe', ['mxfp8', 'nvfp4'])
+def test_layers_multiply_codes_where_the_device_does(recipe, monkeypatch):
+  x = jax.random.normal(jax.random.key(0), (5, 64))
+  model = qat.quantize(nnx.Linear(64, 16, rngs=nnx.Rngs(0)), recipes.get(recipe))
+  run = lambda m: (m(x), nnx.grad(lambda m: (m(x) ** 2).sum())(m).kernel[...])
+  decoded, slope = run(model)
+  calls = []
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(block_scaled, 'available', lambda: True)
+  monkeypatch.setattr(jax.nn, 'scaled_matmul', lambda *args, **kw: calls.append(1) or documented(*args, **kw))
+  dot.code_product.clear_cache()
+  y, coded_slope = run(model)
+  assert calls
+  np.testing.assert_allclose(y, decoded, atol=2e-5)
+  np.testing.assert_allclose(coded_slope, slope, atol=1e-3)
+  np.testing.assert_allclose(qat.freeze(model)(x), y, atol=1e-6)
+
+
+def test_dispatch_of_two_qarrays(monkeypatch):
+  x, w = operands(specs.MXFP8)
+  expected = matmul.matmul(x, w)
+  monkeypatch.setattr(block_scaled, 'available', lambda: True)
+  np.testing.assert_allclose(matmul.matmul(x, w), expected, atol=2e-5)
+
+
+def test_other_devices_have_none():
+  assert not block_scaled.available()
