@@ -3,9 +3,9 @@
 A warpgroup holds a row in its registers between the maximum and the codes; XLA has a kernel for the maxima, one for the
 scales and one for the codes, and reads x twice.
 
-Both divide by PTX's div.full.f32 and take reciprocals by rcp.approx.f32, of the same numbers. These err by up to 2 and 1
-units in the last place (PTX ISA), and are not rounded as IEEE 754 says: scales and codes are XLA's on the same GPU, and
-may differ in last bits from those of a CPU.
+Both divide by PTX's div.full.f32 and take reciprocals by rcp.approx.f32, of the same numbers. These err by up to 2 and
+1 units in the last place (PTX ISA), and are not rounded as IEEE 754 says: scales and codes are XLA's on the same GPU,
+and may differ in last bits from those of a CPU.
 """
 
 import functools
