@@ -123,8 +123,8 @@ def reciprocal(scale: Float[Arrays, '*s']) -> Float[Array, '*s']:
 def divide(x, divisor):
   """x / divisor for a constant, as the device divides: on CPU as IEEE 754 rounds it.
 
-  XLA would multiply by 1 / divisor, and would merge the quotient that `x` may be into this one. On NVIDIA GPUs it divides by
-  `div.full` and `rcp.approx`, so that a scale found there may differ from a CPU's in its last bits.
+  XLA would multiply by 1 / divisor, and would merge the quotient that `x` may be into this one. On NVIDIA GPUs it
+  divides by `div.full` and `rcp.approx`: a scale found there may differ from a CPU's in its last bits.
   """
   return exact(x) / jnp.where(x == x, jnp.asarray(divisor, x.dtype), jnp.ones_like(x))
 
