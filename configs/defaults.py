@@ -63,7 +63,7 @@ def base():
   config.objective = 'classification'
   config.optimizer = mlc.ConfigDict(dict(
       name='adamw', learning_rate=1e-3, weight_decay=1e-4, options={}, state_bits=32, groups=(),
-      quantizer_rate_scale=1.0, clip_norm=1.0, accumulate_steps=1))
+      quantizer_rate_scale=1.0, clip_norm=1.0, accumulate_steps=1, weight_decay_until=1.0))
   config.schedule = mlc.ConfigDict(dict(name='cosine_decay_schedule', warmup_steps=0))
   config.total_steps = 1000
 

@@ -45,7 +45,7 @@ def get_config(arg=''):
   if transform == 'scales':
     rate = 2e-5 if arg.bits == 2 else 1e-5
     config.transforms = (dict(name='scales', steps=2 if arg.smoke else 128, rate=rate),)
-  held = f'_kv{arg.kv}' if arg.kv < 16 else ''
+  held = f'_kv{arg.kv}' if arg.kv != 16 else ''
   grid = f'w{arg.bits}a{arg.inputs}{f"_g{arg.block}" * bool(arg.block)}{"_asym" * arg.asym}{held}'
   config.recipe.update(name='float', rules={BLOCKS: grid})
   config.method = defaults.method(method, arg.smoke)

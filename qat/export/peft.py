@@ -180,8 +180,8 @@ def _modules(model, family, head=None):
     if site.kind in ('Linear', 'Embed') and not site.lead:
       row, theirs = names.find(family.table, f'{site.path.removeprefix(prefix)}/{site.name}')
       if row.change in (names.transposed, names.unchanged):
-        head = theirs.startswith('lm_head')                              # Outside of the model proper.
-        found[('' if head else family.prefix) + theirs.removesuffix('.weight')] = site
+        outside = theirs.startswith('lm_head')                           # Of the model proper.
+        found[('' if outside else family.prefix) + theirs.removesuffix('.weight')] = site
   return found
 
 

@@ -24,10 +24,18 @@ def available():
   return capability is not None and float(capability) >= BLACKWELL
 
 
+def fit(x, w):
+  """Whether x[*batch, *rows, k] and w[*batch, k, n] are of one grid that the device multiplies."""
+  grid = lambda spec: (spec.format, spec.scale.format, spec.scale.block)
+  return fits(x, -1) and fits(w, -2) and grid(x.spec) == grid(w.spec)
+
+
 def fits(q, axis):
-  """Whether `q` has blocks along `axis` that the device reads, one number wide."""
+  """Whether `q` has blocks along `axis` that the device reads, one number wide, and at most one scale above them."""
   spec = q.spec
   if spec.scale is None or spec.zero is not None or not isinstance(spec.block, tuple):
+    return False
+  if spec.scale.zero is not None or spec.scale.block not in (None, (None, None)):
     return False
   shape = list(q.shape)
   size = GRIDS.get((spec.format, spec.scale.format), math.inf)

@@ -10,6 +10,11 @@ from jaxtyping import Array, Float
 from qat.core import blocks, formats, qarray
 
 
+def fit(x, w):
+  """Whether x[*batch, *rows, k] and w[*batch, k, n] are multiplied here."""
+  return fits(x, -1) and fits(w, -2)
+
+
 def fits(q, axis):
   """Whether `q` is made of fp8 that devices have, with a scale that does not change along `axis`, and no zero."""
   spec = q.spec

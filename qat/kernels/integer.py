@@ -11,6 +11,11 @@ from jaxtyping import Array, Float
 from qat.core import formats, qarray
 
 
+def fit(x, w):
+  """Whether x[*batch, *rows, k] and w[*batch, k, n] are multiplied here."""
+  return fits(x, -1) and fits(w, -2)
+
+
 def fits(q, axis):
   """Whether `q` is made of integers whose scale, and zero, do not change along `axis`."""
   spec = q.spec

@@ -144,11 +144,11 @@ def codes_by_codes(x, w):
   Returns:
     f32[m, n].
   """
-  if integer.fits(x, -1) and integer.fits(w, -2):
+  if integer.fit(x, w):
     return integer.matmul(x, w)
-  if float8.fits(x, -1) and float8.fits(w, -2):
+  if float8.fit(x, w):
     return float8.matmul(x, w)
-  if block_scaled.available() and block_scaled.fits(x, -1) and block_scaled.fits(w, -2):
+  if block_scaled.available() and block_scaled.fit(x, w):
     return block_scaled.matmul(x, w)
   if integer.fits(x, -1) and x.zero is None and x.spec.format.max <= 127 and _is_whole(w):
     return _integer_groups(x, w)

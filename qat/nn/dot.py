@@ -166,7 +166,7 @@ def _kinds():
 
 def _kind(x, w, kinds):
   """That of `kinds` which multiplies these codes, or None."""
-  return next((kind for kind in kinds if kind.fits(x, -1) and kind.fits(w, -2)), None)
+  return next((kind for kind in kinds if kind.fit(x, w)), None)
 
 
 def _placed(quantizers, canonical, x, contract, batch):

@@ -27,7 +27,7 @@ class Rule:
     output: of what the layer returns.
     gradient: of what comes back through the layer's output.
     scores: of the queries, keys, values and probabilities of attention.
-    cache: of its keys and values, as a cache holds them, in place of `scores`.
+    cache: of its keys and values, as a cache holds them; `scores` is then of queries and probabilities alone.
     kind: a regular expression for the layer's class: 'Conv|ConvTranspose'.
   """
   path: str

@@ -16,8 +16,9 @@ def quantize(model, recipe, compute='low_bit'):
   Args:
     model: any nnx.Module.
     recipe: Rules, in order; see qat.nn.recipes for named ones.
-    compute: 'low_bit', for products of int8 (or fp8) codes where input and weight have them and the device does; or
-      'float', for products of decoded operands throughout. They differ by rounding of sums.
+    compute: 'low_bit', for products of codes (int8, fp8, MXFP8, NVFP4) where input and weight have them and the device
+      does; or 'float', for products of decoded operands. They differ by rounding of sums. What `prepare` makes of a
+      frozen model multiplies by codes whatever this was.
 
   Returns:
     A model of the same class. Where inputs have quantizers that need a range, call `calibrate` next.
@@ -31,7 +32,8 @@ def quantize(model, recipe, compute='low_bit'):
   for path, rule in chosen.items():  # In the order of definition, which a copy does not keep.
     if rule is not None:
       _quantize_site(found[path], rule, shared)
-      if (q := quantized.of(found[path].module)) is not None:
+      q = quantized.of(found[path].module)
+      if q is not None and (rule.weight is not None or rule.input is not None):
         q.compute = compute
   return model
 

@@ -66,6 +66,9 @@ def run(config, devices=mesh.ONE):
 def pretrained(model, workdir):
   """`model` with the parameters of the best checkpoint of a float run."""
   config = configs.load(workdir)
+  if 'merged' in config:
+    raise ValueError(f'init_from {str(workdir)!r}: it was left by qat merge, and qat train begins from float runs of '
+                     'its own. Give it as `pretrained` to qat finetune or qat ptq.')
   step = checkpoint.best_step(workdir, objective(config).score)
   if config.recipe or step is None:
     what = f'its recipe is {config.recipe.to_dict()}' if config.recipe else 'it has no evaluated checkpoint'

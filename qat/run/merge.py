@@ -82,6 +82,9 @@ def main(argv):
 def trained(workdir):
   """(the Run of a workdir, its network with the adapters of the last checkpoint)."""
   config = configs.load(workdir)
+  if networks.is_merged(workdir):
+    raise ValueError(f'--workdir {str(workdir)!r} is merged already. Give the run that it was merged from, '
+                     f'{str(workdir.parents[1])!r}, or fine-tune this one further and merge that run.')
   if 'adapter' not in config or not config.adapter.rules:
     raise ValueError(f'--workdir {str(workdir)!r} is of a run without adapters: there is nothing to merge. Give one of '
                      'qat finetune.')

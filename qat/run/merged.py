@@ -73,11 +73,17 @@ class Merged:
     """Args: path: of the folder; read: name or path of a published network -> what reads it (published.py)."""
     self.path, self.config = pathlib.Path(path), configs.load(path)
     name = self.config.pretrained
+    if 'into' not in self.config.merged or pathlib.Path(name).resolve() == self.path.resolve():
+      raise ValueError(f'{self.path}: its config.json names pretrained {name!r} and merged '
+                       f'{self.config.merged.to_dict()}, which qat merge does not write. {ANEW}')
     try:
       self.base = read(name)
     except (ValueError, OSError) as error:
       raise ValueError(f'{self.path}: it was merged from pretrained {name!r}, whose sizes and tokenizer it has, and '
                        f'which cannot be read: {errors.join(error)} Put it back there.') from error
+    if not hasattr(self.base, 'shape') or not isinstance(self.base.shape(), decoder.Config):
+      raise ValueError(f'{self.path}: its config.json names pretrained {name!r}, which is no decoder now. '
+                       'Put back the network that was fine-tuned, or merge again.')
     self.family = getattr(self.base, 'family', families.FAMILIES['llama'])
     if (self.path / WEIGHTS).exists() == bool(checkpoint.steps(self.path)):
       raise ValueError(f'{self.path}: it should hold one of {WEIGHTS} and checkpoints/, and there is '

@@ -3,7 +3,8 @@
 Groups are an ordered table of (regex over whole paths, settings); the first match wins, and a
 regex that matches nothing is an error. Two rules stand behind the table: the variables of
 quantizers (learned steps and clip points) move at `quantizer_rate_scale` of the rate and have no
-weight decay, nor has anything with fewer than two axes (biases, norms).
+weight decay, nor has anything with fewer than two axes (biases, norms). Nothing decays after the share
+`optimizer.weight_decay_until` of all steps.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from qat.run import names
 from qat.run import schedules
 
 SETTINGS = ('learning_rate_scale', 'weight_decay')
+CONSTANT_DECAY = ('novograd',)  # Of those in optax that decay, those whose decay is no function of the step.
 
 
 def optimizer(config, params):
@@ -67,9 +69,11 @@ def _member(c, rate, learning_rate_scale, weight_decay):
 
 def _decays(c, total_steps):
   """weight decay -> itself, or step -> it where it ends at `weight_decay_until` of all steps."""
-  until = c.get('weight_decay_until', 1.0)
-  if not 0 <= until <= 1:
-    raise ValueError(f'optimizer.weight_decay_until {until}: it is a share of all steps. Give 0 to 1.')
+  until = c.get('weight_decay_until', 1.0)                               # qat finetune has no such leaf.
+  if not isinstance(until, int | float) or not 0 <= until <= 1:
+    raise ValueError(f'optimizer.weight_decay_until {until!r}: it is a share of all steps. Give 0 to 1.')
+  if until < 1 and c.name in CONSTANT_DECAY:
+    raise ValueError(f'optimizer.weight_decay_until {until}: the decay of {c.name!r} is a constant. Take adamw, or 1.')
   if until == 1:
     return lambda decay: decay
   return lambda decay: lambda step: jnp.where(step < until * total_steps, decay, 0.0)

@@ -1,5 +1,7 @@
 """What Blackwell is given is x @ w: cuDNN's product stands in by what jax.nn.scaled_matmul documents."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,15 @@ def test_equals_the_product_in_float64(name, lead):
   assert block_scaled.fits(x, -1) and block_scaled.fits(w, -2) and not block_scaled.fits(w, -1)
   a, b = (np.asarray(qarray.decode(q), np.float64) for q in (x, w))
   np.testing.assert_allclose(jax.jit(block_scaled.matmul)(x, w), np.einsum('...rtk,...kn->...rtn', a, b), atol=2e-5)
+
+
+@pytest.mark.parametrize('x, w', [
+    (specs.MXFP8, specs.NVFP4), (specs.MXFP8, specs.MXFP8_E5M2),
+    (dataclasses.replace(specs.NVFP4, scale=dataclasses.replace(specs.NVFP4.scale, block=None)), specs.NVFP4),
+    (specs.NVFP4, dataclasses.replace(specs.NVFP4, scale=dataclasses.replace(specs.NVFP4.scale, block=(None,))))])
+def test_operands_of_two_grids_are_not_multiplied(x, w):
+  a, b = operands(x)[0], operands(w)[1]
+  assert not block_scaled.fit(a, b) and block_scaled.fit(*operands(specs.NVFP4))
 
 
 @pytest.mark.parametrize('spec', [specs.MXFP4, specs.MXINT8, specs.integer(8, (32,)), specs.integer(8, specs.TOKEN)])

@@ -188,6 +188,21 @@ def test_a_run_that_was_not_merged_says_how_to(there, tmp_path):
     published.load(tmp_path)
 
 
+def test_what_is_merged_is_not_merged_again(there, capfd):
+  assert cli.main(['merge', f'--workdir={there}/run/merged/grid_rtn']) == 2
+  assert f"is merged already. Give the run that it was merged from, '{there}/run'" in paragraph(capfd)
+
+
+@pytest.mark.parametrize('changes', [dict(merged={}), dict(pretrained='itself')])
+def test_a_config_that_qat_merge_does_not_write(copy, changes):
+  said = json.loads((copy / 'config.json').read_text()) | changes
+  if said['pretrained'] == 'itself':
+    said['pretrained'] = str(copy)
+  (copy / 'config.json').write_text(json.dumps(said))
+  with pytest.raises(ValueError, match='which qat merge does not write. Merge again'):
+    published.load(copy)
+
+
 def test_files_that_are_not_whole(copy):
   files = sorted((checkpoint.folder(copy) / '0' / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
   whole = files[-1].read_bytes()

@@ -101,8 +101,11 @@ def test_weights_decay_no_longer_than_was_said(name):
     updates, state = jax.jit(tx.update)(zeros, state, PARAMS)
     found.append(float(updates['layers/0/kernel'][0, 0]))
   np.testing.assert_allclose(found, [-0.05] * 3 + [0] * 2, atol=1e-8)
-  with pytest.raises(ValueError, match='weight_decay_until 30: it is a share of all steps'):
-    optim.optimizer(config(weight_decay_until=30), PARAMS)
+  for changes, words in ((dict(weight_decay_until=30), '30: it is a share of all steps'),
+                         (dict(weight_decay_until='half'), "'half': it is a share"),
+                         (dict(name='novograd', weight_decay_until=0.5), "the decay of 'novograd' is a constant")):
+    with pytest.raises(ValueError, match=f'weight_decay_until {words}'):
+      optim.optimizer(config(**changes), PARAMS)
 
 
 def test_constant_and_unknown_schedules():
@@ -111,6 +114,9 @@ def test_constant_and_unknown_schedules():
   assert optim.schedule(c)(5) == 0.3
   c.schedule.name = 'cosine_decay'
   with pytest.raises(ValueError, match="Did you mean 'cosine_decay_schedule'"):
+    optim.schedule(c)
+  c.schedule.name = 'two_stage_linea'
+  with pytest.raises(ValueError, match="Did you mean 'two_stage_linear'"):
     optim.schedule(c)
   c.schedule.update(name='constant_schedule', warmup_steps=10)
   with pytest.raises(ValueError, match='leaves nothing of total_steps 10'):
