@@ -67,6 +67,15 @@ def float_product(x, w):
   return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
+def written(w):
+  """A decoded weight, to the bit, in memory row after row: in a product XLA sums it in one order then.
+
+  It would read one that was made from codes [in, out] and one that was made from a Param [out, in] each as it lies, and
+  for few rows add up in another order. Flat arrays lie in one way only.
+  """
+  return jax.lax.optimization_barrier(w.reshape(-1)).reshape(w.shape)
+
+
 def product(quantizers, x, w, weight, variable):
   """x @ w for an input in the form of `rows` and a quantized weight, from its codes.
 
@@ -152,7 +161,7 @@ def einsum(original, quantizers, weight, variable):
         y = jnp.transpose(y, [letters.index(letter) for letter in c])
         return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
     x_hat = _placed(quantizers, canonical, x, contract, batch)
-    return original(equation, x_hat, w, **settings)
+    return original(equation, x_hat, w if weight is None else written(w), **settings)
 
   return op
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
@@ -94,16 +95,15 @@ def _as_float(x):
 def attend(layer, float_attend, query, *args, **kwargs):
   """nnx.Embed.attend, for a tied head: its query is an input."""
   q, variable = vars(layer)['quantizers'], vars(layer)['embedding']
-  if q.input is None and not isinstance(variable, weights.Codes):
-    return float_attend(layer, query, *args, **kwargs)
   weight = vars(q.weights).get('embedding')
+  if weight is None or float_attend is not nnx.Embed.attend or args or kwargs:
+    return float_attend(layer, query if q.input is None else q.place(query, q.input), *args, **kwargs)
   query, w = layer.promote_dtype((query, layer.embedding[...]), dtype=layer.dtype)
-  if weight is not None and float_attend is nnx.Embed.attend:
-    y = dot.product(q, query, w, weight, variable)
-    if y is not None:
-      return qarray.cast(y, query.dtype)
+  y = dot.product(q, query, w, weight, variable)
+  if y is not None:
+    return qarray.cast(y, query.dtype)
   query = query if q.input is None else q.place(query, q.input)
-  return float_attend(layer, query, *args, **kwargs)
+  return jnp.dot(query, jax.lax.optimization_barrier(w).T)               # In one order: see dot.written.
 
 
 def _product(make):

@@ -255,3 +255,22 @@ def test_a_list_of_params_learns_its_steps():
   assert len(steps) == 2 and all(jnp.abs(s).max() > 0 for s in steps)
   serve = nnx.jit(lambda m: m(x))
   np.testing.assert_array_equal(serve(model), serve(qat.freeze(model)))
+
+
+class Tied(nnx.Module):
+  """A head that is the embedding, and a product that reads its weight [out, in]."""
+
+  def __init__(self):
+    self.embed = nnx.Embed(33, 32, rngs=nnx.Rngs(0))
+    self.mix = nnx.Einsum('btd,vd->btv', (32, 32), rngs=nnx.Rngs(1))
+
+  def __call__(self, tokens):
+    return self.embed.attend(self.mix(self.embed(tokens)))
+
+
+@pytest.mark.parametrize('rows', [1, 4, 32, 64])
+@pytest.mark.parametrize('name, compute', [('w4a16', 'low_bit'), ('nf4', 'low_bit'), ('w8a8', 'float')])
+def test_weights_that_are_read_across_are_summed_in_one_order(name, compute, rows):
+  model = qat.quantize(Tied(), qat.recipes.get(name), compute=compute)
+  serve = nnx.jit(lambda m: m(jnp.arange(rows)[None] % 33))
+  np.testing.assert_array_equal(serve(model), serve(qat.freeze(model)))
