@@ -71,7 +71,7 @@ def test_wrong_command_line(capfd, argv, words):
     ('model.dtype=bfloat17', "Did you mean 'bfloat16'?"),
     ('objective=clasification', "Did you mean 'classification'?"),
     ('optimizer.name=adamm', "optax has no 'adamm'"),
-    ('schedule.name=cosine', "optax has no 'cosine'"),
+    ('schedule.name=cosine', 'Choose one of two_stage_linear, constant_schedule, cosine_decay_schedule'),
     ('data.name=digitz', 'digits'),
     ('data.test=tset', 'tset'),
     ('data.batch_size=9999', '9999'),
