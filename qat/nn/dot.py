@@ -12,6 +12,7 @@ and TPU all. On CPU those that were not prepared are decoded, as in training, an
 import math
 
 import jax
+from jax.experimental import layout
 import jax.numpy as jnp
 
 from qat.core import qarray
@@ -67,15 +68,6 @@ def float_product(x, w):
   return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def written(w):
-  """A decoded weight, to the bit, in memory row after row: in a product XLA sums it in one order then.
-
-  It would read one that was made from codes [in, out] and one that was made from a Param [out, in] each as it lies, and
-  for few rows add up in another order. Flat arrays lie in one way only.
-  """
-  return jax.lax.optimization_barrier(w.reshape(-1)).reshape(w.shape)
-
-
 def product(quantizers, x, w, weight, variable):
   """x @ w for an input in the form of `rows` and a quantized weight, from its codes.
 
@@ -96,10 +88,27 @@ def product(quantizers, x, w, weight, variable):
     y = _codes_by_codes(quantizers, x, w, weight, variable)
   else:
     y = None
-  if y is None:
-    return None
-  outputs = (weight.layout.shape[a] for a in weight.layout.outputs)
-  return y.reshape(*y.shape[:-1], *outputs)
+  return None if y is None else _parted(y, weight)
+
+
+def by_matrix(quantizers, x, w, weight):
+  """x @ w of decoded operands, with the arguments of `product` and the same result: by the matrix [in, out] of w.
+
+  A Param that lies as [out, in] would be read so in training, and frozen as its codes lie, [in, out]: for few rows XLA
+  then adds up in another order.
+  """
+  x_hat = x if quantizers.input is None else quantizers.place(x, quantizers.input)
+  return _parted(float_product(x_hat, _row_after_row(weight.layout.to_matrix(w))), weight)
+
+
+def _row_after_row(w):
+  """An array, to the bit, that lies in memory in the order of its axes."""
+  return layout.with_layout_constraint(w, layout.Layout(tuple(range(w.ndim))))
+
+
+def _parted(y, weight):
+  """[..., out] in the shape of the layer's outputs."""
+  return y.reshape(*y.shape[:-1], *(weight.layout.shape[a] for a in weight.layout.outputs))
 
 
 def _by_kernel(x, variable):
@@ -156,12 +165,12 @@ def einsum(original, quantizers, weight, variable):
     plain = len(set(a)) == len(a) and len(set(b)) == len(b) and set(free + outputs) <= set(c)
     if original is jnp.einsum and plain and _sums_inputs(weight, w_contract, w_batch):
       y = product(quantizers, canonical, w, weight, variable)
-      if y is not None:
-        letters = [b[i] for i in w_batch] + free + outputs
-        y = jnp.transpose(y, [letters.index(letter) for letter in c])
-        return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
+      y = by_matrix(quantizers, canonical, w, weight) if y is None else y
+      letters = [b[i] for i in w_batch] + free + outputs
+      y = jnp.transpose(y, [letters.index(letter) for letter in c])
+      return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
     x_hat = _placed(quantizers, canonical, x, contract, batch)
-    return original(equation, x_hat, w if weight is None else written(w), **settings)
+    return original(equation, x_hat, w, **settings)
 
   return op
 

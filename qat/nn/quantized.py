@@ -11,7 +11,6 @@ import functools
 import inspect
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
@@ -100,19 +99,18 @@ def attend(layer, float_attend, query, *args, **kwargs):
     return float_attend(layer, query if q.input is None else q.place(query, q.input), *args, **kwargs)
   query, w = layer.promote_dtype((query, layer.embedding[...]), dtype=layer.dtype)
   y = dot.product(q, query, w, weight, variable)
-  if y is not None:
-    return qarray.cast(y, query.dtype)
-  query = query if q.input is None else q.place(query, q.input)
-  return jnp.dot(query, jax.lax.optimization_barrier(w).T)               # In one order: see dot.written.
+  return qarray.cast(dot.by_matrix(q, query, w, weight) if y is None else y, query.dtype)
 
 
-def _product(make):
+def _product(make, across=False):
+  """`across`: whether the weight may lie as [out, in], so that training reads it as a frozen layer does."""
   def read(quantizers, attributes, value):
-    if quantizers.input is None and not isinstance(attributes['kernel'], weights.Codes):
+    weight, variable = vars(quantizers.weights).get('kernel'), attributes['kernel']
+    if quantizers.input is None and not isinstance(variable, weights.Codes) and not (across and weight is not None):
       return value
     if attributes.get('dot_general_cls') is not None:
       value = attributes['dot_general_cls']()
-    return make(value, quantizers, vars(quantizers.weights).get('kernel'), attributes['kernel'])
+    return make(value, quantizers, weight, variable)
   return read
 
 
@@ -128,8 +126,8 @@ def _attention(quantizers, attributes, value):
 
 
 # What stands for an attribute, given the layer's quantizers, its attributes, and the float value.
-READS = {'dot_general': _product(dot.dot_general), 'dot_general_cls': _no_class, 'einsum_op': _product(dot.einsum),
-         'attention_fn': _attention}
+READS = {'dot_general': _product(dot.dot_general), 'dot_general_cls': _no_class,
+         'einsum_op': _product(dot.einsum, across=True), 'attention_fn': _attention}
 # Layers that quantize their input in the product; all others at the door.
 PRODUCTS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 

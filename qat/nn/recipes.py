@@ -155,8 +155,9 @@ def get(name):
   >>> [rule.path for rule in get('w4a16_g128')]
   ['.*']
   """
-  if match := re.fullmatch(r'(.+?)_kv([1-8])', name):
-    return with_cache(get(match[1]), int(match[2]))
+  before, _, bits = name.partition('_kv')
+  if re.fullmatch('[1-8]', bits):
+    return with_cache(get(before), int(bits))
   if match := re.fullmatch(r'w([1-8])a(\d+)(?:_g(\d+))?(_asym)?', name):
     weight_bits, input_bits, group = (part and int(part) for part in match.groups()[:3])
     asymmetric = match[4] is not None

@@ -100,6 +100,11 @@ def _encode(weight, variable):
   return weight.encode(variable)
 
 
+def any_codes(model):
+  """Whether any weight of a model is frozen."""
+  return bool(nnx.to_flat_state(nnx.state(model, Codes)).leaves)
+
+
 def shapes(weight, variable):
   """The QArray that `freeze` would make, of shapes and dtypes only."""
   return nnx.eval_shape(lambda weight, variable: weight.encode(variable), weight, variable)

@@ -75,7 +75,7 @@ def filters(config):
 
 def adapted(model, config):
   """The network that trains: `model` on the grid of `config.recipe`, with the adapters of `config.adapter`."""
-  c, coded = config.adapter, has_codes(model)
+  c, coded = config.adapter, weights.any_codes(model)
   if coded and (config.recipe or not c.rules):
     raise ValueError(f'pretrained {config.pretrained!r} holds codes, which stay as they are, and the config would '
                      f'{"put floats on a grid" if config.recipe else "train all weights"}. Give adapters and no '
@@ -96,11 +96,6 @@ def adapted(model, config):
       jax.block_until_ready(nnx.state(model))
     model = transform.freeze(model)
   return remat.remat(model, config.remat) if config.remat else model
-
-
-def has_codes(model):
-  """Whether any weight of a network is frozen."""
-  return bool(nnx.to_flat_state(nnx.state(model, weights.Codes)).leaves)
 
 
 def _start(name, options, on_codes, coded):

@@ -18,6 +18,7 @@ from qat.evals import size
 from qat.export import peft
 from qat.models.pretrained import families
 from qat.nn import explain
+from qat.nn import weights
 from qat.run import adaptation
 from qat.run import checkpoint
 from qat.run import classification
@@ -125,7 +126,7 @@ def facts(run, model):
   found = dict(base_sha256=before, base_sha256_after=after, base_unchanged=after == before,
                trained_parameters=sum(x.size for x in run.state.params.values()),
                optimizer_bytes=states.size_bytes(run.state.opt_state))
-  if adaptation.has_codes(model):
+  if weights.any_codes(model):
     taken = size.measure(model)                                          # Packed: counted from bytes.
     found |= dict(quantized_weights=taken.weights, quantized_bytes=taken.quantized_bytes)
     return found | dict(bits_per_weight=taken.bits_per_weight, size_bytes=explain.explain(model).size_bytes)

@@ -65,7 +65,7 @@ def main(argv):
     raise ValueError(f'--method {args.method} --into {args.into}: only the grid is reached by a method. '
                      'Leave one of the two out.')
   run, model = trained(args.workdir)
-  if args.into != 'float' and not adaptation.has_codes(model):
+  if args.into != 'float' and not weights.any_codes(model):
     raise ValueError(f'--into {args.into}: the adapters of --workdir {str(args.workdir)!r} are beside floats, '
                      'which are on no grid. Use --into float.')
   for name in args.method if args.into == 'grid' else [args.into]:
@@ -128,7 +128,7 @@ def range_rule(model):
 def compare(run, model, merged):
   """The scores of both, and the KL divergence from the first to the second."""
   before, after = run.scorer(model), run.scorer(merged)
-  bits = size.measure(merged).bits_per_weight if adaptation.has_codes(merged) else 32.0
+  bits = size.measure(merged).bits_per_weight if weights.any_codes(merged) else 32.0
   return dict(metrics=dict(after, perplexity=math.exp(after['loss']), mean_kl=run.scorer.mean_kl(model, merged)),
               metrics_before=dict(before, perplexity=math.exp(before['loss'])), bits_per_weight=bits,
               size_bytes=explain.explain(merged).size_bytes)
@@ -140,7 +140,7 @@ def leave(model, config, found, folder):
   with config.unlocked():
     config.merged = dict(into=found['into'], method=found['method'])
   reader = published.reader(published.located(config.pretrained))
-  coded = adaptation.has_codes(model)
+  coded = weights.any_codes(model)
   if coded:
     networks.check(model, reader, config)
   about = folder / 'config.json'                                         # Makes it a network: removed first, put last.

@@ -70,8 +70,8 @@ def _member(c, rate, learning_rate_scale, weight_decay):
 def _decays(c, total_steps):
   """weight decay -> itself, or step -> it where it ends at `weight_decay_until` of all steps."""
   until = c.get('weight_decay_until', 1.0)                               # qat finetune has no such leaf.
-  if not isinstance(until, int | float) or not 0 <= until <= 1:
-    raise ValueError(f'optimizer.weight_decay_until {until!r}: it is a share of all steps. Give 0 to 1.')
+  if not 0 <= until <= 1:
+    raise ValueError(f'optimizer.weight_decay_until {until}: it is a share of all steps. Give 0 to 1.')
   if until < 1 and c.name in CONSTANT_DECAY:
     raise ValueError(f'optimizer.weight_decay_until {until}: the decay of {c.name!r} is a constant. Take adamw, or 1.')
   if until == 1:

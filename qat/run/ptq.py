@@ -19,10 +19,10 @@ from qat.evals import size
 from qat.nn import calibrate
 from qat.nn import recipes
 from qat.nn import transform
+from qat.nn import weights
 from qat.ptq import named
 from qat.ptq import stages
 from qat.ptq import walk
-from qat.run import adaptation
 from qat.run import config as configs
 from qat.run import heap
 from qat.run import mesh
@@ -47,7 +47,7 @@ def main(config, workdir):
 
   # ------------------------------------------------------------------------ network, grids, ranges of the inputs
   task = names.resolve(tasks, config.task, 'task')(config)
-  if adaptation.has_codes(task.model):
+  if weights.any_codes(task.model):
     raise ValueError(f'pretrained {config.pretrained!r} holds codes, and floats are put on a grid here. Give what qat '
                      f'merge --into float made; qat evaluate --workdir {config.pretrained} says how good it is.')
   batches = devices.batches(task.batches)

@@ -258,18 +258,22 @@ def test_a_list_of_params_learns_its_steps():
 
 
 class Tied(nnx.Module):
-  """A head that is the embedding, and a product that reads its weight [out, in]."""
+  """A head that is the embedding, and products that read their weights [out, in], the second a head each."""
 
   def __init__(self):
-    self.embed = nnx.Embed(33, 32, rngs=nnx.Rngs(0))
-    self.mix = nnx.Einsum('btd,vd->btv', (32, 32), rngs=nnx.Rngs(1))
+    self.embed = nnx.Embed(33, 64, rngs=nnx.Rngs(0))
+    self.mix = nnx.Einsum('btd,vd->btv', (64, 64), rngs=nnx.Rngs(1))
+    self.heads = nnx.Einsum('hnd,hed->hne', (2, 32, 64), rngs=nnx.Rngs(2))
 
   def __call__(self, tokens):
-    return self.embed.attend(self.mix(self.embed(tokens)))
+    x = self.mix(self.embed(tokens))
+    x = self.heads(jnp.concatenate([x, -x]))
+    return self.embed.attend(jnp.concatenate(list(x), -1))
 
 
 @pytest.mark.parametrize('rows', [1, 4, 32, 64])
-@pytest.mark.parametrize('name, compute', [('w4a16', 'low_bit'), ('nf4', 'low_bit'), ('w8a8', 'float')])
+@pytest.mark.parametrize('name, compute', [
+    ('w4a16', 'low_bit'), ('nf4', 'low_bit'), ('w4a16_g32', 'low_bit'), ('mxfp4', 'low_bit'), ('w8a8', 'float')])
 def test_weights_that_are_read_across_are_summed_in_one_order(name, compute, rows):
   model = qat.quantize(Tied(), qat.recipes.get(name), compute=compute)
   serve = nnx.jit(lambda m: m(jnp.arange(rows)[None] % 33))

@@ -84,6 +84,7 @@ def test_a_family_takes_bits():
 
 @pytest.mark.parametrize('make, message', [
     (lambda: recipes.get('w4a9'), r"recipe 'w4a9': there is none of that name. Did you mean 'w4a8'\?"),
+    (lambda: recipes.get('w4a8_kv4_kv8'), r"recipe 'w4a8_kv4_kv8': there is none of that name"),
     (lambda: recipes.get('qqqq_kv4'), r"recipe 'qqqq': there is none of that name. Known: w8a8, w4a8"),
     (lambda: recipes.family('lsqq', 2, 2), r"quantizer 'lsqq': there is none of that name. Did you mean 'lsq'\?"),
     (lambda: recipes.resolve({'name': 'w4a8', 'bits': 3}), r"\['bits'\] mean nothing to it"),

@@ -16,7 +16,7 @@ def get_config(arg=''):
   config.data.train_options.stride = 1
   config.model.update(name='decoder.llama', vocab_size=65, context_length=16, width=arg.width, layers=1, heads=4)
   if arg.recipe != 'float':
-    config.recipe = dict(name=arg.recipe, rules={'embed': 'w8a8'})
+    config.recipe = dict(name=arg.recipe, rules={'embed': 'w8a16' if 'a16' in arg.recipe else 'w8a8'})
   config.objective = 'language'
   config.optimizer.update(name='sgd', learning_rate=0.03)
   config.total_steps = arg.steps

@@ -19,7 +19,7 @@ from qat.models import rope
 from qat.models.pretrained import families
 from qat.nn import recipes
 from qat.nn import transform
-from qat.run import adaptation
+from qat.nn import weights
 from qat.run import checkpoint
 from qat.run import cli
 from qat.run import config as configs
@@ -90,7 +90,7 @@ def test_another_process_reads_the_bits_that_were_measured(there, tmp_path):
 def test_it_is_of_codes_and_scores_as_it_did(there, capfd):
   folder = there / 'run' / 'merged' / 'grid_rtn'
   network, result = published.load(folder), json.loads((folder / 'result.json').read_text())
-  assert adaptation.has_codes(network.model) and not nnx.to_flat_state(nnx.state(network.model, nnx.LoRAParam)).leaves
+  assert weights.any_codes(network.model) and not nnx.to_flat_state(nnx.state(network.model, nnx.LoRAParam)).leaves
   assert network.facts['base'] == f'{there}/net, on float32, fine-tuned and merged into grid by rtn'
   *_, scores = evaluate.evaluation(configs.load(folder), folder)
   assert scores == {name: result['metrics'][name] for name in scores} and 'loss' in scores
@@ -108,7 +108,7 @@ def test_every_way_is_read_back_to_the_bit(there, tmp_path, into, arg, argv):
   _, adapted = merge.trained(tmp_path)
   found = published.load(tmp_path / 'merged' / into).model
   np.testing.assert_array_equal(LOGITS(found), LOGITS(merged.FORMS[into](adapted)))
-  assert adaptation.has_codes(found) == (into == 'zeros' or 'rules' in arg)
+  assert weights.any_codes(found) == (into == 'zeros' or 'rules' in arg)
 
 
 def test_floats_of_a_network_that_turns_neighbours_are_read_as_hugging_face_orders_them(copy):
