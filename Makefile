@@ -40,7 +40,7 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.dev
 	@$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers and not aot'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peers and not aot'
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -19,7 +19,8 @@ def config_of(folder, *argv):
   return configs.parse([f'--config={source}', '--workdir=.', *argv])[0]
 
 
-@pytest.mark.parametrize('argv', [[], ['--config.remat=blocks/\\d+', '--config.optimizer.state_bits=8']])
+@pytest.mark.parametrize('argv', [
+    ['--config.remat=blocks/\\d+', '--config.optimizer.state_bits=8'], pytest.param([], marks=pytest.mark.slow)])
 def test_a_plan_from_three_blocks_is_what_six_take(six, argv):
   config = config_of(six, *argv)
   planned = memory_plan.plan(config)
