@@ -12,7 +12,6 @@ and TPU all. On CPU those that were not prepared are decoded, as in training, an
 import math
 
 import jax
-from jax.experimental import layout
 import jax.numpy as jnp
 
 from qat.core import qarray
@@ -61,11 +60,11 @@ def _code_product_jvp(primals, tangents):
   return code_product(x_hat, w_hat, x, w), tangent
 
 
-def float_product(x, w):
+def float_product(x, w, precision=None):
   """[*batch, *rows, k], [*batch, k, n] -> f32[*batch, *rows, n]."""
   batch = tuple(range(w.ndim - 2))
   dims = (((x.ndim - 1,), (w.ndim - 2,)), (batch, batch))
-  return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)
 
 
 def product(quantizers, x, w, weight, variable):
@@ -91,19 +90,16 @@ def product(quantizers, x, w, weight, variable):
   return None if y is None else _parted(y, weight)
 
 
-def by_matrix(quantizers, x, w, weight):
+def by_matrix(quantizers, x, w, weight, precision=None):
   """x @ w of decoded operands, with the arguments of `product` and the same result: by the matrix [in, out] of w.
 
   A Param that lies as [out, in] would be read so in training, and frozen as its codes lie, [in, out]: for few rows XLA
-  then adds up in another order.
+  then adds up in another order. The barrier is where XLA lays a matrix out row after row; a constraint of its layout
+  would make each device of a mesh gather it whole.
   """
   x_hat = x if quantizers.input is None else quantizers.place(x, quantizers.input)
-  return _parted(float_product(x_hat, _row_after_row(weight.layout.to_matrix(w))), weight)
-
-
-def _row_after_row(w):
-  """An array, to the bit, that lies in memory in the order of its axes."""
-  return layout.with_layout_constraint(w, layout.Layout(tuple(range(w.ndim))))
+  matrix = jax.lax.optimization_barrier(weight.layout.to_matrix(w))
+  return _parted(float_product(x_hat, matrix, precision), weight)
 
 
 def _parted(y, weight):
@@ -165,7 +161,7 @@ def einsum(original, quantizers, weight, variable):
     plain = len(set(a)) == len(a) and len(set(b)) == len(b) and set(free + outputs) <= set(c)
     if original is jnp.einsum and plain and _sums_inputs(weight, w_contract, w_batch):
       y = product(quantizers, canonical, w, weight, variable)
-      y = by_matrix(quantizers, canonical, w, weight) if y is None else y
+      y = by_matrix(quantizers, canonical, w, weight, settings.get('precision')) if y is None else y
       letters = [b[i] for i in w_batch] + free + outputs
       y = jnp.transpose(y, [letters.index(letter) for letter in c])
       return qarray.cast(y, settings.get('preferred_element_type', x.dtype))
