@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import re
 import shutil
 import sys
 
+from flax import nnx
 import jax
 import numpy as np
 
+import qat
 from qat.run import build
 from qat.run import cli
 from qat.run import config as configs
@@ -42,6 +45,18 @@ def losses(arg, steps, *settings):
 def all_losses(args, *rest):
   """{arg: losses(arg, *rest)} of a list, in JSON."""
   return {arg: losses(arg, *rest) for arg in json.loads(args)}
+
+
+def tied_head():
+  """What devices hand each other in the product by a tied head whose vocabulary they share: names of instructions."""
+  devices = jax.make_mesh((8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+  model = qat.quantize(nnx.Dict(embed=nnx.Embed(800, 64, rngs=nnx.Rngs(0))), qat.recipes.get('w4a16'))
+  rows = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec('model'))
+  model.embed.embedding[...] = jax.device_put(model.embed.embedding.get_value(), rows)
+  program = jax.jit(lambda state, x: nnx.merge(graph, state).embed.attend(x))
+  graph, state = nnx.split(model)
+  text = program.lower(state, jax.numpy.ones((1, 16, 64))).compile().as_text()
+  return sorted(set(re.findall(r'all-[a-z]+|collective-[a-z]+', text)))
 
 
 def begin(config, devices):

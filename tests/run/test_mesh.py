@@ -52,6 +52,10 @@ def test_losses_are_those_of_one_device(arg, found):
       assert taken['bytes'] / 8 <= taken['bytes_per_device'] <= max(most * taken['bytes'], 100), part
 
 
+def test_a_tied_head_stays_shared_out():
+  assert run('tied_head') == []
+
+
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   config = f'{mesh_config.__file__}:model=mlp,recipe=lsq'
   results = run('programs', tmp_path / 'a', config, '', 'data=4,model=2', 'fsdp=8', '')
