@@ -145,4 +145,14 @@ def first_matches(recipe, found):
     near = difflib.get_close_matches(unused[0], paths, 1)
     hint = f" Did you mean '{near[0]}'?" if near else ' A path is matched whole: write .*name.* for a part.'
     raise ValueError(f'No layer matches the rules {unused}. The layers are {paths}.{hint}')
+  _check_caches(chosen)
   return chosen
+
+
+def _check_caches(chosen):
+  """Raises if rules put the cache of attention on a grid, and none of the sites that they match is attention."""
+  asked = {s: r for s, r in chosen.items() if getattr(r, 'cache', None) is not None}
+  if asked and not any(s.kind == 'Attention' for s in asked):
+    rule = next(iter(asked.values()))
+    raise ValueError(f'Rule({rule.path!r}).cache: it is for keys and values of attention, and the rule matches '
+                     f'{[s.path for s in asked]} alone. Leave it out, or match an attention_fn.')

@@ -58,6 +58,7 @@ def test_kind_is_the_layers_class():
     ((qat.Rule('head', STE(specs.integer(4, (32, 1)))),),
      r"Layer 'head', whose weight is 4 inputs x 2 outputs.*does not tile"),
     ((qat.Rule('head', pact.PACT(4)),), r"Layer 'head'.*it clips at 0"),
+    (recipes.get('w4a8_kv4'), r"Rule\('\.\*'\)\.cache: it is for keys and values of attention"),
 ])
 def test_wrong_recipes(recipe, message):
   with pytest.raises(ValueError, match=message):
