@@ -109,7 +109,7 @@ def test_what_xla_multiplies_holds_no_decoded_weight(case, target):
 @pytest.mark.parametrize('name', ['mxfp8', 'nvfp4'])
 def test_blackwell_multiplies_block_scaled_operands_as_they_are(name):
   found = report(f'block_scaled_{name}_512', 'b200')
-  assert found.error is None and found.temp_bytes < gpu_cases.K * gpu_cases.N
+  assert found.error is None and found.temp_bytes < 1.1 * gpu_cases.K * gpu_cases.N  # Codes, as cuDNN reads them.
   assert '__cudnn$blockScaledDot' in found.calls
 
 
