@@ -102,15 +102,14 @@ def attend(layer, float_attend, query, *args, **kwargs):
   return qarray.cast(dot.by_matrix(q, query, w, weight) if y is None else y, query.dtype)
 
 
-def _product(make, across=False):
-  """`across`: whether the weight may lie as [out, in], so that training reads it as a frozen layer does."""
+def _product(make):
   def read(quantizers, attributes, value):
-    weight, variable = vars(quantizers.weights).get('kernel'), attributes['kernel']
-    if quantizers.input is None and not isinstance(variable, weights.Codes) and not (across and weight is not None):
+    weight = vars(quantizers.weights).get('kernel')
+    if quantizers.input is None and weight is None:
       return value
     if attributes.get('dot_general_cls') is not None:
       value = attributes['dot_general_cls']()
-    return make(value, quantizers, weight, variable)
+    return make(value, quantizers, weight, attributes['kernel'])
   return read
 
 
@@ -126,8 +125,8 @@ def _attention(quantizers, attributes, value):
 
 
 # What stands for an attribute, given the layer's quantizers, its attributes, and the float value.
-READS = {'dot_general': _product(dot.dot_general), 'dot_general_cls': _no_class,
-         'einsum_op': _product(dot.einsum, across=True), 'attention_fn': _attention}
+READS = {'dot_general': _product(dot.dot_general), 'dot_general_cls': _no_class, 'einsum_op': _product(dot.einsum),
+         'attention_fn': _attention}
 # Layers that quantize their input in the product; all others at the door.
 PRODUCTS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 
