@@ -3,6 +3,7 @@
 from qat.core import codebooks, formats, observers, ranges, rounding, specs
 from qat.core.blocks import Flat
 from qat.core.qarray import Min, QArray, Spec, Zero, decode, encode, fake
+from qat.models.generate import generate
 from qat.nn import recipes
 from qat.nn.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat.nn.calibrate import calibrate

@@ -10,13 +10,14 @@ All of the cache is read, and what lies beyond `length` is masked.
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qat.core import qarray
-from qat.kernels import attention, pipeline_gpu
+from qat.kernels import attention_xla, pipeline_gpu
 from qat.kernels.tiles_gpu import PROCESSORS, WARPGROUPS
 
 ROWS, TOKENS, STAGES = 64, 64, 2   # Heads of a group; tokens of a warpgroup's step.
@@ -25,10 +26,10 @@ MASKED = -1e30                     # As -inf, but exp2(MASKED - MASKED) is a num
 
 def unsupported(query, keys, values):
   """Why this kernel does not run, or None. Asks no device."""
-  if why := pipeline_gpu.needs_jax() or attention.unsupported(query, keys, values):
+  if why := pipeline_gpu.needs_jax() or attention_xla.unsupported(query, keys, values):
     return why
-  if keys.codes.dtype != jnp.int8 or values.codes.dtype != jnp.int8:
-    return f'the cache is of {keys.codes.dtype} and {values.codes.dtype}; the kernel reads int8'
+  if any(c.codes.dtype not in (jnp.int8, jnp.uint8) for c in (keys, values)):
+    return f'the cache is of {keys.codes.dtype} and {values.codes.dtype}; the kernel reads int8 and uint8'
   if keys.shape[1] % (WARPGROUPS * TOKENS) or keys.shape[2] not in (64, 128):
     return f'keys of shape {keys.shape} are not of whole {WARPGROUPS * TOKENS} tokens by 64 or 128'
   if query.shape[1] > ROWS or query.dtype != jnp.bfloat16:
@@ -37,9 +38,9 @@ def unsupported(query, keys, values):
 
 
 def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) -> Float[Array, 'h g d']:
-  """attention.decode(query, keys, values, length)."""
+  """attention_xla.decode(query, keys, values, length)."""
   if why := unsupported(query, keys, values):
-    raise NotImplementedError(f'Attention over a cache in codes by the GPU kernel: {why}. Use attention.decode.')
+    raise NotImplementedError(f'Attention over a cache in codes by the GPU kernel: {why}. Use attention_xla.decode.')
   return _decode(query, keys, values, length, pipeline_gpu.params(interpret))
 
 
@@ -48,36 +49,43 @@ def _decode(query, keys, values, length, interpret):
   (h, g, d), t = query.shape, keys.shape[1]
   scores_in_base_2 = d**-0.5 * math.log2(math.e)
   q = jnp.pad((query.astype(jnp.float32) * scores_in_base_2).astype(jnp.bfloat16), ((0, 0), (0, ROWS - g), (0, 0)))
-  flat = lambda codes: codes.reshape(h * t, d)
-  row = lambda q: qarray.decode(q.scale)[..., 0]                         # [h, t]
   mask = jnp.where(jnp.arange(t)[None] < length, 0.0, MASKED).astype(jnp.float32)
   steps, heads = t // (WARPGROUPS * TOKENS), -(-g // 8) * 8              # What is written of the 64 rows.
   splits = max((s for s in range(1, steps + 1) if steps % s == 0 and s * h <= PROCESSORS), default=1)
-  cache = flat(keys.codes), row(keys), flat(values.codes), row(values), mask
-  out, most, total = _call(q, cache, splits, heads, interpret)
+  cache = [c.codes.reshape(h * t, d) for c in (keys, values)]
+  out, most, total = _call(q, cache, [*_rows(keys, values), mask], splits, heads, interpret)
   weight = jnp.exp2(most - jnp.max(most, axis=1, keepdims=True))         # [h, parts, heads]
   y = jnp.sum(out * weight[..., None], axis=1) / jnp.sum(total * weight, axis=1)[..., None]
   return qarray.cast(y[:, :g], query.dtype)
 
 
-def _call(q, cache, splits, heads, interpret):
+def _rows(keys, values):
+  """The scales of keys and of values, and both offsets if either has some: f32[h, t] each."""
+  rows = [keys.scale, values.scale]
+  if keys.zero is not None or values.zero is not None:
+    rows += [jnp.zeros_like(c.scale) if c.zero is None else c.offset for c in (keys, values)]
+  return [row[:, 0] for row in rows]
+
+
+def _call(q, cache, rows, splits, heads, interpret):
   """Sums, maxima and totals of each part of the tokens: f32[h, parts, heads, d] and twice f32[h, parts, heads]."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
-  (h, _, d), t = q.shape, cache[1].shape[1]
+  (h, _, d), t = q.shape, rows[0].shape[1]
   kernel = functools.partial(_kernel, splits, t // (WARPGROUPS * TOKENS * splits), bool(interpret))
   transforms = lambda columns: pipeline_gpu.swizzled((ROWS, columns), 16, None).transforms
   operand = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms(shape[-1]))
   shape = lambda *shape: jax.ShapeDtypeStruct((h, splits * WARPGROUPS, heads, *shape), jnp.float32)
+  query_sums = jnp.sum(q.astype(jnp.float32), axis=-1)                   # [h, ROWS]
   return plgpu.kernel(
       kernel, out_type=(shape(d), shape(), shape()), grid=(h, splits), grid_names=('head', 'split'),
       num_threads=WARPGROUPS + 1, thread_name='warpgroup', interpret=interpret,
       scratch_types=(operand(ROWS, d), (operand(WARPGROUPS, TOKENS, d), operand(WARPGROUPS, ROWS, TOKENS)),
                      plgpu.SMEM((WARPGROUPS, ROWS, d), jnp.float32), plgpu.SMEM((2, WARPGROUPS, ROWS), jnp.float32),
                      plgpu.Barrier()),
-      compiler_params=pipeline_gpu.compiler_params())(q, *cache)
+      compiler_params=pipeline_gpu.compiler_params())(q, query_sums, *cache, *rows)
 
 
-def _kernel(splits, steps, interpreted, query, *refs):
+def _kernel(splits, steps, interpreted, query, query_sums, *refs):
   """One head's tokens, or a split of them."""
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -99,9 +107,11 @@ def _kernel(splits, steps, interpreted, query, *refs):
       plgpu.copy_smem_to_gmem(place.at[pl.ds(0, to.shape[2])], to.at[head, split * WARPGROUPS + warpgroup])
     plgpu.wait_smem_to_gmem(0)
 
-  def step(_, keys, key_scale, values, value_scale, mask, carry):
-    blocks = keys.at[own], key_scale.at[0, own], values.at[own], value_scale.at[0, own], mask.at[0, own]
-    carry = _step(q, blocks, [b.at[warpgroup] for b in buffers], carry)
+  def step(_, keys, values, *rows_and_carry):
+    *rows, carry = rows_and_carry
+    key_scale, value_scale, *offsets, mask = (row.at[0, own] for row in rows)
+    tokens = Tokens(keys.at[own], values.at[own], key_scale, value_scale, *(offsets or (None, None)), mask)
+    carry = _step((q, query_sums.at[head]), tokens, [b.at[warpgroup] for b in buffers], carry)
     if interpreted:
       pipeline_gpu.interpreted_reads_are_done()
     return carry
@@ -111,14 +121,25 @@ def _kernel(splits, steps, interpreted, query, *refs):
   plgpu.emit_pipeline_warp_specialized(
       step, grid=(steps,), memory_registers=40, wg_axis='warpgroup', num_compute_wgs=WARPGROUPS,
       max_concurrent_steps=min(STAGES, steps), compute_context=compute,
-      in_specs=[codes, row(head), codes, row(head), row(0)])(*cache)
+      in_specs=[codes, codes, *[row(head)] * (len(cache) - 3), row(0)])(*cache)
 
 
-def _step(q, blocks, buffers, carry):
+class Tokens(NamedTuple):
+  """References to the 64 tokens of a step: codes [tokens, d], and f32[tokens]."""
+  keys: Any
+  values: Any
+  key_scale: Any
+  value_scale: Any
+  key_offset: Any
+  value_offset: Any
+  mask: Any
+
+
+def _step(query, tokens, buffers, carry):
   """64 tokens: Alg. 1, lines 9 to 13, in base 2. The output is divided by the totals at the end."""
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import mosaic_gpu as plgpu
-  (keys, key_scale, values, value_scale, mask), (numbers, probabilities) = blocks, buffers
+  (q, query_sums), (numbers, probabilities) = query, buffers
   y, m, l = carry
 
   def product(a, b):
@@ -132,16 +153,22 @@ def _step(q, blocks, buffers, carry):
     loaded = plgpu.load(codes, layout=plgpu.Layout.WGMMA_8BIT)
     numbers[...] = loaded.astype(jnp.bfloat16)
 
-  unpack(keys)
+  unpack(tokens.keys)
   plgpu.commit_smem()
   scores = product(q, numbers.T)                                         # [rows, tokens]
   vector = lambda ref: pipeline_gpu.vector(ref, scores.shape, 1)
-  scores = scores * vector(key_scale) + vector(mask)
-  before, m = m, jnp.maximum(m, jnp.max(scores, axis=1))
   spread = lambda v, like: jax.lax.broadcast_in_dim(v, like.shape, [0])
+  scores = scores * vector(tokens.key_scale)
+  if tokens.key_offset is not None:
+    scores = scores + pipeline_gpu.vector(query_sums, scores.shape, 0) * vector(tokens.key_offset)
+  scores = scores + vector(tokens.mask)
+  before, m = m, jnp.maximum(m, jnp.max(scores, axis=1))
   p, shrink = jnp.exp2(scores - spread(m, scores)), jnp.exp2(before - m)
   l = l * shrink + jnp.sum(p, axis=1)
-  probabilities[...] = (p * vector(value_scale)).astype(jnp.bfloat16)
-  unpack(values)
+  probabilities[...] = (p * vector(tokens.value_scale)).astype(jnp.bfloat16)
+  unpack(tokens.values)
   plgpu.commit_smem()
-  return y * spread(shrink, y) + product(probabilities, numbers), m, l
+  y = y * spread(shrink, y) + product(probabilities, numbers)
+  if tokens.value_offset is not None:
+    y = y + spread(jnp.sum(p * vector(tokens.value_offset), axis=1), y)
+  return y, m, l

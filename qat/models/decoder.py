@@ -17,7 +17,7 @@ import functools
 from flax import nnx
 import jax.numpy as jnp
 
-from qat.models import rope as ropes
+from qat.models import kv_cache, rope as ropes
 
 
 class GELU(nnx.Module):
@@ -123,8 +123,13 @@ class SelfAttention(nnx.Module):
       self.k_norm = norm(config.qk_norm, config.head_dim)
     self.attention_fn = nnx.dot_product_attention
 
-  def __call__(self, x):
-    """f32[b, t, width] -> f32[b, t, width]."""
+  def cache(self, batch, capacity):
+    """An empty cache for `capacity` tokens in each of `batch` rows."""
+    dtype = self.k.dtype or self.k.param_dtype
+    return kv_cache.make(self.attention_fn, batch, capacity, self.config.kv_heads, self.config.head_dim, dtype)
+
+  def __call__(self, x, cache=None):
+    """f32[b, t, width] -> f32[b, t, width]; the tokens come after those of the cache, if there is one."""
     b, t, _ = x.shape
     split = lambda y, heads: y.reshape(b, t, heads, self.config.head_dim)
     q = split(self.q(x), self.config.heads)     # [b, t, h, d]
@@ -133,7 +138,10 @@ class SelfAttention(nnx.Module):
     if self.config.qk_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if self.config.rope is not None:
-      q, k = (self.config.rope(y, jnp.arange(t)) for y in (q, k))
+      positions = jnp.arange(t) if cache is None else cache.length[...] + jnp.arange(t)
+      q, k = (self.config.rope(y, positions) for y in (q, k))
+    if cache is not None:
+      return self.o(cache.attend(self.attention_fn, q, k, v).reshape(b, t, -1))
     past = jnp.tril(jnp.ones((1, 1, t, t), bool))
     return self.o(self.attention_fn(q, k, v, mask=past).reshape(b, t, -1))
 
@@ -147,9 +155,9 @@ class Block(nnx.Module):
     self.ffn_norm = norm(config.norm, config.width)
     self.ffn = config.ffn(config, linear, residual)
 
-  def __call__(self, x):
-    """f32[b, t, width] -> f32[b, t, width]."""
-    x = x + self.attention(self.attention_norm(x))
+  def __call__(self, x, *cache):
+    """f32[b, t, width] -> f32[b, t, width]; with the cache of its attention, if that is given."""
+    x = x + self.attention(self.attention_norm(x), *cache)
     return x + self.ffn(self.ffn_norm(x))
 
 
@@ -179,18 +187,35 @@ class Decoder(nnx.Module):
       self.head = nnx.Linear(
           config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
-  def __call__(self, tokens):
-    """Scores the token after each: i32[b, t] -> f32[b, t, vocab_size]."""
+  def caches(self, batch, capacity):
+    """An empty cache for each block, of `capacity` tokens in each of `batch` rows."""
+    return nnx.List([block.attention.cache(batch, capacity) for block in self.blocks])
+
+  def __call__(self, tokens, caches=None):
+    """Scores the token after each.
+
+    Args:
+      tokens: i32[b, t].
+      caches: of `self.caches`, which take up these tokens: they come after those held already.
+
+    Returns:
+      f32[b, t, vocab_size].
+    """
     t = tokens.shape[1]
     if t > self.config.context_length:
       raise ValueError(
           f'Decoder called on {t} tokens: it was built for {self.config.context_length}. '
           'Shorten the tokens, or build it with a longer context_length.')
+    if caches is not None and t > caches[0].capacity:
+      raise ValueError(
+          f'Decoder called on {t} tokens with caches of {caches[0].capacity}: there is no room for {t} tokens. '
+          'Make larger ones: model.caches(batch, capacity).')
     x = self.embed(tokens) * self.config.embed_scale  # [b, t, width]
     if self.config.rope is None:
-      x = x + self.position(jnp.arange(t))[None]
-    for block in self.blocks:
-      x = block(x)
+      start = 0 if caches is None else caches[0].length[...]
+      x = x + self.position(start + jnp.arange(t))[None]
+    for i, block in enumerate(self.blocks):
+      x = block(x) if caches is None else block(x, caches[i])
     x = self.norm(x)
     return self.embed.attend(x) if self.config.tied_head else self.head(x)
 

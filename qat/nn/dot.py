@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.kernels import block_scaled, float8, integer, matmul, prepared
+from qat.kernels import block_scaled, encode, float8, integer, matmul, prepared
 from qat.nn import layouts, weights
-from qat.quantizers import base
+from qat.quantizers import base, ste
 
 KINDS = (integer, float8, block_scaled)  # Products of codes.
 
@@ -121,13 +121,22 @@ def _codes_by_codes(quantizers, x, w, weight, variable):
   """Sums of codes: f32[*batch, *rows, out], or None where these are no units of a device's product."""
   if isinstance(variable, weights.Decoded):
     return None
-  x_hat, x_codes = quantizers.place(x, quantizers.input.both)
   w_codes = weight.encode(variable)
   if isinstance(w_codes, prepared.Prepared):
-    return matmul.matmul(x_codes if matmul.explain(x_codes, w_codes)[w_codes.target] is None else x_hat, w_codes)
+    x_codes = quantizers.place(x, lambda x: _encoded(quantizers.input, x))
+    takes = matmul.explain(x_codes, w_codes)[w_codes.target] is None
+    return matmul.matmul(x_codes if takes else qarray.decode(x_codes, x.dtype), w_codes)
+  x_hat, x_codes = quantizers.place(x, quantizers.input.both)
   if quantizers.compute == 'float' or _kind(x_codes, w_codes, _kinds()) is None:
     return None
   return code_product(x_hat, weight.layout.to_matrix(w), x_codes, w_codes)
+
+
+def _encoded(quantizer, x):
+  """quantizer.encode(x), in one pass over memory where the device has a kernel for it."""
+  if isinstance(quantizer, ste.STE) and quantizer.rule is qarray.absmax:
+    return encode.encode(x, quantizer.spec)
+  return quantizer.encode(x)
 
 
 def dot_general(original, quantizers, weight, variable):

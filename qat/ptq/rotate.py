@@ -175,6 +175,10 @@ class RotatedScores:
   def around(self, scores):
     return RotatedScores(scores)
 
+  def cache(self, *sizes):
+    """That of the scores, which see keys turned; None if they have none of their own."""
+    return self.attend.cache(*sizes) if hasattr(self.attend, 'cache') else None
+
 
 def rotate_scores(model, pattern='.*'):
   """A copy of `model` with the same outputs, that turns queries and keys before their product (R3).

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qat.core import formats, hadamard, qarray, specs
-from qat.kernels import attention, attention_tpu, encode_tpu, hadamard_tpu
+from qat.kernels import attention_tpu, attention_xla, encode_tpu, hadamard_tpu, tokens
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -49,29 +49,27 @@ def test_encoding_says_what_it_cannot():
 
 def cache(spec, t=512):
   keys, values = normal(2, t, 128, seed=1), normal(2, t, 128, seed=2)
-  return qarray.encode(keys, spec), qarray.encode(values, spec)
+  return tokens.of(qarray.encode(keys, spec)), tokens.of(qarray.encode(values, spec))
 
 
 @pytest.mark.parametrize('spec', [specs.integer(8, specs.TOKEN), specs.integer(4, specs.TOKEN),
-                                  qarray.Spec(formats.FP8_E4M3, specs.TOKEN)], ids=str)
+                                  qarray.Spec(formats.FP8_E4M3, specs.TOKEN), specs.affine(8, specs.TOKEN),
+                                  specs.affine(4, specs.TOKEN)], ids=str)
 def test_attention_over_codes(spec):
   keys, values = cache(spec)
   query = normal(2, 4, 128, seed=3)
   for length in (1, 300, 512):
-    k, v = (np.asarray(qarray.decode(c), np.float64)[:, :length] for c in (keys, values))
+    k, v = (np.asarray(tokens.decode(c), np.float64)[:, :length] for c in (keys, values))
     p = np.exp(np.einsum('hgd,htd->hgt', np.asarray(query, np.float64), k) / np.sqrt(128))
     expected = np.einsum('hgt,htd->hgd', p / p.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(attention.decode(query, keys, values, length), expected, atol=1e-5)
+    np.testing.assert_allclose(attention_xla.decode(query, keys, values, length), expected, atol=1e-5)
     found = attention_tpu.decode(query, keys, values, jnp.int32(length), interpret=True)
     np.testing.assert_allclose(found, expected, atol=0.03)                # The query and probabilities in bfloat16.
 
 
 def test_attention_says_what_it_cannot():
-  keys, values = cache(specs.integer(8, specs.TENSOR))
-  with pytest.raises(ValueError, match='not one scale a token'):
-    attention.decode(normal(2, 4, 128), keys, values, 1)
   keys, values = cache(specs.integer(8, specs.TOKEN))
   with pytest.raises(ValueError, match='no .kv_heads, group, d.'):
-    attention.decode(normal(3, 4, 128), keys, values, 1)
+    attention_xla.decode(normal(3, 4, 128), keys, values, 1)
   with pytest.raises(NotImplementedError, match='whole tiles'):
     attention_tpu.decode(normal(2, 4, 128), *cache(specs.integer(8, specs.TOKEN), t=64), 1)

@@ -1,0 +1,51 @@
+"""The keys and values of the tokens so far: with them a Decoder reads each token once, and not again for the next."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class Cache(nnx.Module):
+  """Keys and values of one attention layer, in floats.
+
+  An attention function whose `cache(batch, capacity, kv_heads, head_dim, dtype)` returns another one has that in its
+  place; it has the same `length`, `capacity` and `attend`.
+
+  Attributes:
+    keys, values: float[b, capacity, kv_heads, d].
+    length: i32[], how many tokens are held.
+  """
+
+  def __init__(self, batch, capacity, kv_heads, head_dim, dtype):
+    self.capacity = capacity
+    self.keys, self.values = (nnx.Cache(jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)) for _ in range(2))
+    self.length = nnx.Cache(jnp.int32(0))
+
+  def attend(self, attention_fn, query, key, value):
+    """Takes up t tokens, and attends from each to all up to it.
+
+    Args:
+      attention_fn: as nnx.dot_product_attention.
+      query: [b, t, heads, d].
+      key, value: [b, t, kv_heads, d]. There must be room for them: tokens beyond the capacity would take the place of
+        the last.
+
+    Returns:
+      [b, t, heads, d].
+    """
+    t, start = query.shape[1], self.length[...]
+    for held, new in ((self.keys, key), (self.values, value)):
+      held[...] = jax.lax.dynamic_update_slice_in_dim(held[...], new.astype(held.dtype), start, axis=1)
+    self.length[...] = start + t
+    return attention_fn(query, self.keys[...], self.values[...], mask=past(start, t, self.capacity))
+
+
+def make(attention_fn, *sizes):
+  """An empty cache, in the form in which `attention_fn` keeps keys and values."""
+  own = attention_fn.cache(*sizes) if hasattr(attention_fn, 'cache') else None
+  return Cache(*sizes) if own is None else own
+
+
+def past(start, count, capacity):
+  """Which tokens each of `count` from `start` on sees, itself and those before: bool[1, 1, count, capacity]."""
+  return (jnp.arange(capacity)[None, :] <= start + jnp.arange(count)[:, None])[None, None]
