@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qat.core import qarray
-from qat.kernels import attention_xla, pipeline_gpu
+from qat.kernels import attention_xla, pipeline_gpu, prepared
 from qat.kernels.tiles_gpu import PROCESSORS, WARPGROUPS
 
 ROWS, TOKENS, STAGES = 64, 64, 2   # Heads of a group; tokens of a warpgroup's step.
@@ -28,8 +28,8 @@ def unsupported(query, keys, values):
   """Why this kernel does not run, or None. Asks no device."""
   if why := pipeline_gpu.needs_jax() or attention_xla.unsupported(query, keys, values):
     return why
-  if any(c.codes.dtype not in (jnp.int8, jnp.uint8) for c in (keys, values)):
-    return f'the cache is of {keys.codes.dtype} and {values.codes.dtype}; the kernel reads int8 and uint8'
+  if any(c.codes.dtype not in (jnp.int4, jnp.int8, jnp.uint8) for c in (keys, values)):
+    return f'the cache is of {keys.codes.dtype} and {values.codes.dtype}; the kernel reads int4, int8 and uint8'
   if keys.shape[1] % (WARPGROUPS * TOKENS) or keys.shape[2] not in (64, 128):
     return f'keys of shape {keys.shape} are not of whole {WARPGROUPS * TOKENS} tokens by 64 or 128'
   if query.shape[1] > ROWS or query.dtype != jnp.bfloat16:
@@ -116,12 +116,13 @@ def _kernel(splits, steps, interpreted, query, query_sums, *refs):
       pipeline_gpu.interpreted_reads_are_done()
     return carry
 
-  codes = pipeline_gpu.swizzled((run, d), 8, lambda k: ((head * splits + split) * steps + k, 0))
+  tile = lambda codes: pipeline_gpu.swizzled((run, d), prepared.bits(codes.dtype),
+                                             lambda k: ((head * splits + split) * steps + k, 0))
   row = lambda i: plgpu.BlockSpec((1, run), lambda k: (i, split * steps + k))
   plgpu.emit_pipeline_warp_specialized(
       step, grid=(steps,), memory_registers=40, wg_axis='warpgroup', num_compute_wgs=WARPGROUPS,
       max_concurrent_steps=min(STAGES, steps), compute_context=compute,
-      in_specs=[codes, codes, *[row(head)] * (len(cache) - 3), row(0)])(*cache)
+      in_specs=[tile(cache[0]), tile(cache[1]), *[row(head)] * (len(cache) - 3), row(0)])(*cache)
 
 
 class Tokens(NamedTuple):
@@ -150,7 +151,8 @@ def _step(query, tokens, buffers, carry):
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
   def unpack(codes):
-    loaded = plgpu.load(codes, layout=plgpu.Layout.WGMMA_8BIT)
+    layout = plgpu.Layout.WGMMA_UPCAST_4X if codes.dtype == jnp.int4 else plgpu.Layout.WGMMA_8BIT
+    loaded = plgpu.load(codes, layout=layout)
     numbers[...] = loaded.astype(jnp.bfloat16)
 
   unpack(tokens.keys)
