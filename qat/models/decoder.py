@@ -199,21 +199,21 @@ class Decoder(nnx.Module):
       caches: of `self.caches`, which take up these tokens: they come after those held already.
 
     Returns:
-      f32[b, t, vocab_size].
+      f32[b, t, vocab_size]; NaN where the caches were full.
     """
     t = tokens.shape[1]
     if t > self.config.context_length:
       raise ValueError(
           f'Decoder called on {t} tokens: it was built for {self.config.context_length}. '
           'Shorten the tokens, or build it with a longer context_length.')
-    if caches is not None and t > caches[0].capacity:
-      raise ValueError(
-          f'Decoder called on {t} tokens with caches of {caches[0].capacity}: there is no room for {t} tokens. '
-          'Make larger ones: model.caches(batch, capacity).')
     x = self.embed(tokens) * self.config.embed_scale  # [b, t, width]
+    positions = jnp.arange(t)
+    if caches is not None:
+      kv_cache.check(caches, len(self.blocks), tokens.shape)
+      positions = caches[0].length[...] + positions
+      x = jnp.where(positions[-1] < caches[0].capacity, x, jnp.nan)  # Full: no compiled program can raise.
     if self.config.rope is None:
-      start = 0 if caches is None else caches[0].length[...]
-      x = x + self.position(start + jnp.arange(t))[None]
+      x = x + self.position(positions)[None]
     for i, block in enumerate(self.blocks):
       x = block(x) if caches is None else block(x, caches[i])
     x = self.norm(x)

@@ -9,7 +9,7 @@ class Cache(nnx.Module):
   """Keys and values of one attention layer, in floats.
 
   An attention function whose `cache(batch, capacity, kv_heads, head_dim, dtype)` returns another one has that in its
-  place; it has the same `length`, `capacity` and `attend`.
+  place; it has the same `batch`, `capacity`, `length` and `attend`.
 
   Attributes:
     keys, values: float[b, capacity, kv_heads, d].
@@ -17,7 +17,7 @@ class Cache(nnx.Module):
   """
 
   def __init__(self, batch, capacity, kv_heads, head_dim, dtype):
-    self.capacity = capacity
+    self.batch, self.capacity = batch, capacity
     self.keys, self.values = (nnx.Cache(jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)) for _ in range(2))
     self.length = nnx.Cache(jnp.int32(0))
 
@@ -27,8 +27,7 @@ class Cache(nnx.Module):
     Args:
       attention_fn: as nnx.dot_product_attention.
       query: [b, t, heads, d].
-      key, value: [b, t, kv_heads, d]. There must be room for them: tokens beyond the capacity would take the place of
-        the last.
+      key, value: [b, t, kv_heads, d]. There must be room for them.
 
     Returns:
       [b, t, heads, d].
@@ -44,6 +43,15 @@ def make(attention_fn, *sizes):
   """An empty cache, in the form in which `attention_fn` keeps keys and values."""
   own = attention_fn.cache(*sizes) if hasattr(attention_fn, 'cache') else None
   return Cache(*sizes) if own is None else own
+
+
+def check(caches, layers, shape):
+  """Raises unless there is a cache for each layer, and each has room for tokens of `shape` [b, t] when it is empty."""
+  b, t = shape
+  if len(caches) != layers or caches[0].batch != b or caches[0].capacity < t:
+    raise ValueError(f'Decoder of {layers} layers, called on tokens of shape {shape} with {len(caches)} caches of '
+                     f'{caches[0].batch} rows and {caches[0].capacity} tokens: there is no room. Make caches for them: '
+                     f'model.caches({b}, capacity), with {t} tokens or more.')
 
 
 def past(start, count, capacity):

@@ -22,7 +22,7 @@ class CodeCache(nnx.Module):
       x = jax.ShapeDtypeStruct((batch * kv_heads, capacity, head_dim), dtype)
       held = jax.eval_shape(lambda x: tokens.of(quantizer.encode(x)), x)
       return nnx.Cache(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), held))
-    self.capacity = capacity
+    self.batch, self.capacity = batch, capacity
     self.keys, self.values = empty(scores.key), empty(scores.value)
     self.length = nnx.Cache(jnp.int32(0))
 
@@ -32,8 +32,7 @@ class CodeCache(nnx.Module):
     Args:
       attention_fn: attention.Scores, or what changes the operands of one.
       query: [b, t, heads, d].
-      key, value: [b, t, kv_heads, d]. There must be room for them: tokens beyond the capacity would take the place of
-        the last.
+      key, value: [b, t, kv_heads, d]. There must be room for them.
     """
     if hasattr(attention_fn, 'around'):
       return attention_fn.around(functools.partial(self._attend, attention_fn.attend))(query, key, value)

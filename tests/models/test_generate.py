@@ -53,5 +53,14 @@ def test_what_cannot_be_written_says_why(model):
     generate.generate(model, TOKENS, 0)
   with pytest.raises(ValueError, match='Give key='):
     generate.generate(model, TOKENS, 2, temperature=1.0)
-  with pytest.raises(ValueError, match='no room for 9 tokens'):
+  with pytest.raises(ValueError, match=r'model.caches\(2, capacity\), with 9 tokens or more'):
     model(TOKENS, model.caches(2, 8))
+  with pytest.raises(ValueError, match='2 caches of 1 rows and 16 tokens'):
+    model(TOKENS, model.caches(1, 16))
+
+
+def test_a_full_cache_shows(model):
+  caches = model.caches(2, 8)
+  assert jnp.isfinite(read(model, caches, TOKENS[:, :7])).all()
+  assert jnp.isfinite(read(model, caches, TOKENS[:, 7:8])).all()
+  assert jnp.isnan(read(model, caches, TOKENS[:, 8:9])).all()
