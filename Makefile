@@ -48,7 +48,8 @@ test-slow: $(VENV)/.dev
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers
 
-# libtpu, and CUDA's compiler, for devices that are not there. Budgets hold for these versions.
+# libtpu, and CUDA's compiler, for devices that are not there. Budgets hold for these versions. Kernels for Hopper are
+# interpreted in the same environment: they need a newer jax than Python 3.11 has.
 .venv-aot-tpu/.ready: tests/aot/tpu.txt pyproject.toml
 	@$(PYTHON) -m venv .venv-aot-tpu
 	@.venv-aot-tpu/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r $< --editable .
@@ -67,6 +68,7 @@ test-aot-tpu: .venv-aot-tpu/.ready
 
 test-aot-gpu: .venv-aot-gpu/.ready
 	.venv-aot-gpu/bin/python -m pytest -m aot tests/aot/test_gpu.py
+	.venv-aot-gpu/bin/python -m pytest $(wildcard tests/kernels/test_*gpu.py) tests/kernels/test_sharded.py
 
 bench: $(VENV)/.base
 	@$(BIN)/python -m benchmarks.train_step

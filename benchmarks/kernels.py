@@ -4,11 +4,14 @@ r"""What low-bit products take on a GPU or TPU, over those of bfloat16 by XLA, i
 
 Each measurement is a loop inside one program, over several weights in turn (more than a cache holds), whose input
 depends on the output before it: nothing of the host or of a cache is in it. Rounds run every row once in alternating
-order; a ratio is the median over rounds. The roofline is measured in the same run: the bandwidth of a copy, and the
-rate of a large bfloat16 product. Products are first compared with the definition: a wrong one is not timed.
+order; a ratio is the median over rounds. Products of other packages (benchmarks/kernel_peers.py) are in the same
+rounds: theirs is a ratio to their own framework's bfloat16, and ours one to theirs too. The roofline is measured in the
+same run: the bandwidth of a copy, and the rate of a large bfloat16 product. Products are first compared with the
+definition: a wrong one is not timed.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -32,6 +35,7 @@ CODES = {'W8A8': (specs.integer(8, specs.TOKEN), specs.integer(8, specs.CHANNEL)
          'FP8': tuple(qarray.Spec(formats.FP8_E4M3, block) for block in (specs.TOKEN, specs.CHANNEL))}
 CACHE_BYTES = 2**28  # Weights that are read in turn take at least this much together.
 MOST_ERROR = 2.0**-6  # Of a product, over the largest number in it.
+CODES_ERROR = 16 * MOST_ERROR  # Where inputs are rounded too.
 
 
 def weights(k, n, spec):
@@ -42,6 +46,10 @@ def weights(k, n, spec):
   bits = 16 if spec is None else spec.format.bits
   copies = min(max(2, CACHE_BYTES * 8 // (k * n * bits)), 64)
   return [jax.jit(make)(i) for i in range(copies)]
+
+
+def inputs(rows, k):
+  return jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16)
 
 
 def loop(product, count):
@@ -63,42 +71,78 @@ def seconds(run, *args):
 
 
 class Timed:
-  """A product, and what its loop takes."""
+  """A product by each of several weights in turn, what defines it, and what it takes.
 
-  def __init__(self, product, x, ws, target_seconds=0.05):
-    self.args = x, ws
-    once = loop(product, 1)
-    seconds(once, *self.args)
-    count = max(1, int(target_seconds / max(seconds(once, *self.args), 1e-6)))
-    self.run, self.products = loop(product, count), count * len(ws)
-    seconds(self.run, *self.args)
+  Attributes:
+    base: the name of the product that its time is a ratio to.
+    w: what `ws` begins with, decoded or in codes of ours: x @ decode(w) is the definition.
+  """
+  base = 'bfloat16'
+  run = None
+
+  def __init__(self, product, x, ws, w=None, most_error=MOST_ERROR):
+    self.product, self.x, self.ws, self.most_error = product, x, ws, most_error
+    self.w = ws[0] if w is None else w
+
+  def error(self):
+    """How far the product is off what defines it, over the largest number in that."""
+    w = self.w if isinstance(self.w, jax.Array) else matmul.decode(self.w, jnp.bfloat16)
+    expected = jnp.dot(self.x, w, preferred_element_type=jnp.float32)
+    return float(jnp.max(jnp.abs(self.first() - expected)) / jnp.max(jnp.abs(expected)))
+
+  def first(self):
+    """The product by the first weight: f32[m, n]."""
+    return jax.jit(self.product)(self.x, self.ws[0]).astype(jnp.float32)
+
+  def timer(self, count):
+    """A function that multiplies `count` times by each weight, and gives the seconds that it took."""
+    return functools.partial(seconds, loop(self.product, count), self.x, self.ws)
+
+  def weight_bytes(self):
+    return sum(a.size * prepared.bits(a.dtype) for a in jax.tree.leaves(self.ws[0])) / 8
+
+  def start(self, target_seconds=0.05):
+    """Compiles a loop that takes about so long."""
+    once = self.timer(1)
+    once()
+    count = max(1, int(target_seconds / max(once(), 1e-6)))
+    self.run, self.products = self.timer(count), count * len(self.ws)
+    self.run()
 
   def __call__(self):
     """Seconds of one product."""
-    return seconds(self.run, *self.args) / self.products
+    if self.run is None:
+      self.start()
+    return self.run() / self.products
 
 
 def candidates(rows, k, n):
-  """name -> (product, input, weights) of one shape; what cannot run says why."""
-  device = jax.default_backend()
-  x = jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16)
-  found, refused = {'bfloat16': (jnp.dot, x, weights(k, n, None))}, {}
+  """name -> Timed of one shape; what cannot run says why."""
+  x = inputs(rows, k)
+  found, refused = {'bfloat16': Timed(jnp.dot, x, weights(k, n, None))}, {}
   for name, spec in WEIGHTS.items():
     ws = weights(k, n, spec)
-    found[f'{name}, XLA'] = (matmul_xla.best, x, ws)
-    if why := matmul.explain(x, ws[0]).get(device, 'there is no kernel for this device'):
+    found[f'{name}, XLA'] = Timed(matmul_xla.best, x, ws)
+    if why := _unsupported(x, ws[0]):
       refused[name] = why
     else:
-      found[name] = (matmul.matmul, x, [matmul.prepare(w) for w in ws])
+      found[name] = Timed(matmul.matmul, x, [matmul.prepare(w) for w in ws])
   for name, (of_x, of_w) in CODES.items():
     codes = qarray.encode(x.astype(jnp.float32), of_x)
     ws = weights(k, n, of_w)
-    found[f'{name}, XLA'] = (_codes(matmul_xla.codes_by_codes, of_x), x, ws)
-    if why := matmul.explain(codes, ws[0]).get(device, 'there is no kernel for this device'):
+    found[f'{name}, XLA'] = Timed(_codes(matmul_xla.codes_by_codes, of_x), x, ws, most_error=CODES_ERROR)
+    if why := _unsupported(codes, ws[0]):
       refused[name] = why
     else:
-      found[name] = (_codes(matmul.matmul, of_x), x, [matmul.prepare(w, inputs=of_x) for w in ws])
+      ws = [matmul.prepare(w, inputs=of_x) for w in ws]
+      found[name] = Timed(_codes(matmul.matmul, of_x), x, ws, most_error=CODES_ERROR)
   return found, refused
+
+
+def _unsupported(x, w):
+  """Why no kernel of the default device multiplies x by w, or None."""
+  device = jax.default_backend()
+  return matmul.unavailable(device, x) or matmul.explain(x, w)[device]
 
 
 def _codes(product, spec):
@@ -107,37 +151,45 @@ def _codes(product, spec):
 
 
 def checked(found):
-  """Those that give what the definition gives, and what is wrong with the others."""
+  """Those that give what the definition gives, ready to be timed, and what is wrong with the others."""
   right, wrong = {}, {}
-  for name, (product, x, ws) in found.items():
-    w = ws[0] if name == 'bfloat16' else matmul.decode(ws[0], jnp.bfloat16)
-    expected = jnp.dot(x, w, preferred_element_type=jnp.float32)
-    off = jnp.max(jnp.abs(jax.jit(product)(x, ws[0]).astype(jnp.float32) - expected))
-    error = float(off / jnp.max(jnp.abs(expected)))
-    limit = MOST_ERROR if name.split(',')[0] not in CODES else 16 * MOST_ERROR  # Inputs are rounded too.
-    (right if error < limit else wrong)[name] = (product, x, ws) if error < limit else f'error {error:.3g}'
+  for name, timed in found.items():
+    if (error := timed.error()) < timed.most_error:
+      timed.start()
+      right[name] = timed
+    else:
+      wrong[name] = f'error {error:.3g}'
   return right, wrong
 
 
 def measure(rows, k, n, rounds, roofline):
   """The rows of the table of one shape."""
+  from benchmarks import kernel_peers  # It imports this file.
   found, refused = candidates(rows, k, n)
   found, wrong = checked(found)
-  timed = {name: Timed(*about) for name, about in found.items()}
-  took = {name: [] for name in timed}
+  peers, missing = kernel_peers.candidates(rows, k, n)
+  found |= peers
+  took = {name: [] for name in found}
   for i in range(rounds):
-    for name in sorted(timed, reverse=i % 2):
-      took[name].append(timed[name]())
+    for name in sorted(found, reverse=i % 2):
+      took[name].append(found[name]())
   lines = []
-  for name, times in took.items():
-    ratio = statistics.median(b / a for a, b in zip(times, took['bfloat16']))
-    time_s = statistics.median(times)
-    ws = found[name][2]
-    read = sum(a.size * prepared.bits(a.dtype) for a in jax.tree.leaves(ws[0])) / 8 + 2 * rows * (k + n)
-    lines.append(dict(name=name, rows=rows, k=k, n=n, microseconds=1e6 * time_s, over_bfloat16=ratio,
+  for name, timed in found.items():
+    time_s = statistics.median(took[name])
+    read = timed.weight_bytes() + 2 * rows * (k + n)
+    lines.append(dict(name=name, rows=rows, k=k, n=n, microseconds=1e6 * time_s,
+                      over_bfloat16=ratio(took[timed.base], took[name]),
+                      over_peers={peer: ratio(took[f'{peer} {name}'], took[name])
+                                  for peer in kernel_peers.PACKAGES if f'{peer} {name}' in took},
                       share_of_bandwidth=read / time_s / roofline['bytes_per_second'],
                       share_of_compute=2 * rows * k * n / time_s / roofline['flops_per_second']))
-  return lines + [dict(name=name, rows=rows, k=k, n=n, not_timed=why) for name, why in (refused | wrong).items()]
+  refused |= wrong | missing
+  return lines + [dict(name=name, rows=rows, k=k, n=n, not_timed=why) for name, why in refused.items()]
+
+
+def ratio(others, times):
+  """How many times faster than the others: the median over rounds."""
+  return statistics.median(b / a for a, b in zip(times, others))
 
 
 def measure_roofline(size=8192, copied=2**29):
@@ -152,17 +204,21 @@ def measure_roofline(size=8192, copied=2**29):
 
 def table(lines, device):
   shown = rich.table.Table(title=f'Low-bit products on {device}, over bfloat16 in the same run')
-  for column in ('product', 'rows', 'k x n', 'us', 'x bfloat16', '% bandwidth', '% compute'):
+  for column in ('product', 'rows', 'k x n', 'us', 'x bfloat16', '% bandwidth', '% compute', 'x peers'):
     shown.add_column(column, justify='left' if column == 'product' else 'right')
   for line in lines:
-    shape = f'{line["k"]} x {line["n"]}'
+    about = line['name'], str(line['rows']), f'{line["k"]} x {line["n"]}'
     if 'not_timed' in line:
-      shown.add_row(line['name'], str(line['rows']), shape, line['not_timed'])
+      shown.add_row(*about, line['not_timed'])
     else:
-      shown.add_row(line['name'], str(line['rows']), shape, f'{line["microseconds"]:.1f}',
-                    f'{line["over_bfloat16"]:.2f}', f'{100 * line["share_of_bandwidth"]:.0f}',
-                    f'{100 * line["share_of_compute"]:.0f}')
+      shown.add_row(*about, f'{line["microseconds"]:.1f}', f'{line["over_bfloat16"]:.2f}',
+                    f'{100 * line["share_of_bandwidth"]:.0f}', f'{100 * line["share_of_compute"]:.0f}',
+                    over_peers(line))
   return shown
+
+
+def over_peers(line):
+  return ', '.join(f'{peer} {times:.2f}' for peer, times in line['over_peers'].items())
 
 
 def main(arguments=None):

@@ -6,6 +6,8 @@
 import json
 import pathlib
 
+from benchmarks import kernels
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'kernels.md'
 TPU, GPU = (ROOT / 'tests' / 'aot' / f'{device}_budgets.json' for device in ('tpu', 'gpu'))
@@ -31,16 +33,28 @@ def gpu_table():
 
 
 def timed_tables():
-  """One table a device whose results there are."""
+  """One table a device whose results there are, and why what is not in it was not timed."""
   parts = []
   for path in sorted(RESULTS.glob('kernels_*.json')):
     found = json.loads(path.read_text())
     rows = [[p['name'], str(p['rows']), f'{p["k"]} x {p["n"]}', f'{p["microseconds"]:.1f}', f'{p["over_bfloat16"]:.2f}',
-             f'{100 * p["share_of_bandwidth"]:.0f} %', f'{100 * p["share_of_compute"]:.0f} %']
+             kernels.over_peers(p) or '-', f'{100 * p["share_of_bandwidth"]:.0f} %',
+             f'{100 * p["share_of_compute"]:.0f} %']
             for p in found['products'] if 'microseconds' in p]
-    parts.append(f'{found["device"]}, jax {found["jax"]}:\n\n' + table(
-        ['product', 'rows', 'k x n', 'us', 'times bfloat16', 'of the bandwidth', 'of the compute'], rows))
+    head = ['product', 'rows', 'k x n', 'us', 'times bfloat16', 'times peers', 'of the bandwidth', 'of the compute']
+    parts.append(f'{found["device"]}, jax {found["jax"]}:\n\n{table(head, rows)}')
+    if refused := not_timed(found['products']):
+      parts.append('Not timed:\n\n' + table(['product', 'rows', 'why'], refused))
   return '\n\n'.join(parts) or UNTIMED
+
+
+def not_timed(products):
+  """[name, rows, why] of the products that were not, one for each reason."""
+  found = {}
+  for p in products:
+    if 'not_timed' in p:
+      found.setdefault((p['name'], p['not_timed'].replace('|', '/')), {})[p['rows']] = None
+  return [[name, ', '.join(map(str, rows)), why] for (name, why), rows in found.items()]
 
 
 def cpu_tables():

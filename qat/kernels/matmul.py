@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qat.core import qarray
+from qat.core import qarray, specs
 from qat.kernels import (
     block_scaled, matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu, tuned)
 
@@ -20,8 +20,12 @@ from qat.kernels import (
 MODULES = {'gpu': matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
 # The same for inputs in codes.
 CODE_MODULES = {'gpu': scaled_matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
+# Of Blackwell, which has no kernel for inputs that are floats.
+BLACKWELL = CODE_MODULES | {'gpu': block_scaled}
 # What a weight is prepared for is multiplied by its own kernel.
-LAYOUTS = {module.LAYOUT: module for modules in (MODULES, CODE_MODULES) for module in modules.values()}
+LAYOUTS = {module.LAYOUT: module for modules in (MODULES, CODE_MODULES, BLACKWELL) for module in modules.values()}
+# What is made of a QArray at each call, where that is not what is made once.
+FOR_ONE_CALL = {'tpu': functools.partial(matmul_tpu.prepare, fewest=4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +48,15 @@ class Kernel:
 
   def unsupported(self, x, w):
     """Why x @ w does not run, or None, whatever the device."""
-    module = _modules(x)[self.name]
+    module = _modules(isinstance(x, qarray.QArray), w)[self.name]
     if isinstance(w, prepared.Prepared) and w.layout != module.LAYOUT:
       return f'the weight is in layout {w.layout!r}, and this kernel reads {module.LAYOUT!r}'
     return module.unsupported(x, w)
 
   def __call__(self, x, w):
     """[m, k], [k, n] -> [m, n]."""
-    module = _modules(x)[self.name]
-    p = w if isinstance(w, prepared.Prepared) else module.prepare(w)
+    module = _modules(isinstance(x, qarray.QArray), w)[self.name]
+    p = w if isinstance(w, prepared.Prepared) else FOR_ONE_CALL.get(self.name, module.prepare)(w)
     settings = {key: getattr(self, key) for key in ('tiles', 'interpret', 'level') if getattr(self, key) is not None}
     if self.tiles is None and hasattr(module, 'Tiles') and (found := tuned.find(x, p, module.Tiles)):
       settings['tiles'] = found
@@ -65,8 +69,12 @@ def check_name(name, what):
     raise ValueError(f'{what} {name!r}: kernels are of {list(MODULES)}. Name one of them.')
 
 
-def _modules(x):
-  return CODE_MODULES if isinstance(x, qarray.QArray) else MODULES
+def _modules(codes, w):
+  """The modules for inputs in codes or in floats: of Blackwell for its layout, or on it for a QArray."""
+  if not codes:
+    return MODULES
+  blackwell = w.layout == block_scaled.LAYOUT if isinstance(w, prepared.Prepared) else block_scaled.available()
+  return BLACKWELL if blackwell else CODE_MODULES
 
 
 def matmul(x, w, *, implementation=None):
@@ -108,7 +116,7 @@ def prepare(q, target=None, inputs=None):
   """
   target = target or jax.default_backend()
   check_name(target, 'A weight is prepared for')
-  return (MODULES if inputs is None else CODE_MODULES)[target].prepare(q)
+  return _modules(inputs is not None, q)[target].prepare(q)
 
 
 def decode(w, dtype=jnp.float32):
@@ -137,7 +145,7 @@ def choose(x, w, implementation=None):
     return None
   if isinstance(implementation, str):
     check_name(implementation, 'implementation')
-    if why := unavailable(implementation):
+    if why := unavailable(implementation, x):
       raise NotImplementedError(f"implementation={implementation!r}: {why}. Give 'xla', or None for the best there is.")
     implementation = Kernel(implementation)
   if why := _unsupported(implementation, x, w):
@@ -146,15 +154,17 @@ def choose(x, w, implementation=None):
   return implementation
 
 
-def unavailable(name):
-  """Why this process' default device does not run the kernels of a name, or None."""
+def unavailable(name, x):
+  """Why this process' default device does not run the kernels of a name for inputs such as x, or None."""
   if jax.default_backend() != name:
     return f'the default device of this process is of {jax.default_backend()!r}'
-  return pipeline_gpu.needs_hopper(jax.devices()[0]) if name == 'gpu' else None
+  if name != 'gpu' or isinstance(x, qarray.QArray) and block_scaled.available():
+    return None
+  return pipeline_gpu.needs_hopper(jax.devices()[0])
 
 
 def explain(x, w):
-  """{implementation: why it does not run x @ w, or None}, whatever the device."""
+  """{implementation: why it does not run x @ w, or None}, whatever the device; 'gpu' is Hopper but on Blackwell."""
   return {name: _unsupported(Kernel(name), x, w) for name in MODULES} | {'xla': None}
 
 
@@ -187,15 +197,19 @@ def _check(x, w):
 
 
 def _rows(x):
-  """QArray[*rows, k] as one matrix, whose scales are one a row, one for all or E8M0: QArray[m, k]."""
+  """QArray[*rows, k] as one matrix, whose scales are one a row, one for all or those of Blackwell: QArray[m, k]."""
   if x.ndim == 2:
     return x
   flat = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
-  decoded = lambda a: qarray.decode(a) if isinstance(a, qarray.QArray) else a
-  scale = flat(decoded(x.scale))
-  if block_scaled.fits(x, -1) and x.scale.scale is None:                 # Read as it is.
-    scale = dataclasses.replace(x.scale, codes=flat(x.scale.codes))
-  return dataclasses.replace(x, codes=flat(x.codes), scale=scale, zero=flat(decoded(x.zero)))
+  if block_scaled.fits(x, -1):                                           # Scales that are read as they are.
+    codes, scale = x.scale.codes, x.scale.scale
+    if scale is not None:                                                # One a matrix of rows: now one a row.
+      scale = jnp.broadcast_to(qarray.decode(scale), (*codes.shape[:-1], 1))
+    spec = dataclasses.replace(x.spec.scale, block=None if scale is None else specs.TOKEN)
+    scale = qarray.QArray(flat(codes), flat(scale), None, spec)
+    return qarray.QArray(flat(x.codes), scale, None, dataclasses.replace(x.spec, scale=spec))
+  decoded = lambda a: flat(qarray.decode(a))
+  return dataclasses.replace(x, codes=flat(x.codes), scale=decoded(x.scale), zero=decoded(x.zero))
 
 
 def _described(a):

@@ -105,25 +105,36 @@ def _unsupported_input(x, w):
   return None
 
 
-def prepare(q, fp4=None):
-  """A QArray[k, n] for these kernels: codes of up to 4 bits in 4, scales and offsets f32[G, n].
+def prepare(q, fp4=None, fewest=2):
+  """A QArray[k, n] for these kernels: codes of 2 bits in 2, of 3 and 4 in 4; scales and offsets f32[G, n].
 
   Args:
     q: the weight.
     fp4: whether the chip loads fp4, as tpu7x alone does; of this process' default device if not given. Others read
       twice its numbers as int8: twice the bytes, and no lookup.
+    fewest: bits that a code takes. A QArray stores signed ones in 4, which a single call had better read as they are.
   """
   w = groups_.of(q)
   codes, scale, offset = w.codes, w.scale, w.offset
-  if isinstance(w.format, formats.Codebook) or (isinstance(w.format, formats.Int) and 7 < w.format.max < 16):
+  if isinstance(w.format, formats.Codebook):
     codes = codes.astype(jnp.uint4)
-  elif isinstance(w.format, formats.Int) and w.format.max > 127:         # Down by 128, to be int8.
-    codes = (codes.astype(jnp.int32) - 128).astype(jnp.int8)
-    offset = 128 * scale + (0 if offset is None else offset)
+  elif isinstance(w.format, formats.Int | formats.Binary):
+    dtype, down = _integers(w.format, fewest)
+    if down:
+      codes, offset = codes.astype(jnp.int32) - down, down * scale + (0 if offset is None else offset)
+    codes = codes.astype(dtype)
   elif w.format == formats.FP4_E2M1 and not (_loads_fp4() if fp4 is None else fp4):
     codes, scale = (2 * w.format.decode(codes)).astype(jnp.int8), scale / 2
   arrays = {'codes': codes, 'scale': scale} | ({} if offset is None else {'offset': offset})
   return prepared.Prepared(arrays, q.spec, q.shape, LAYOUT)
+
+
+def _integers(format, fewest):
+  """The type that integers are held in, and what is taken from them to be of it: loads of uint2 are slow."""
+  least, most = int(format.min), int(format.max)
+  down = 128 if most > 127 else 2 if (fewest, least, most) == (2, 0, 3) else 0
+  fits = lambda info: info.bits >= fewest and info.min <= least - down and most - down <= info.max
+  return next(dtype for dtype in (jnp.int2, jnp.int4, jnp.uint4, jnp.int8) if fits(jnp.iinfo(dtype))), down
 
 
 def _loads_fp4():

@@ -4,8 +4,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from qat.core import qarray
-from qat.kernels import matmul
+from qat.core import hadamard as definition, qarray
+from qat.kernels import hadamard, matmul
 from qat.nn import quantized, transform, weights
 
 
@@ -14,8 +14,8 @@ def prepare(model, target=None):
 
   Weights that a kernel cannot multiply, or that their layer reads by hand (a lookup, a convolution), keep their codes;
   on CPU, where XLA is slow to decode, they are decoded once. Outputs are those of `model` to the rounding of sums. Save
-  the frozen model, not this one: layouts belong to a version of a kernel. GPUs other than Hopper have no kernel yet:
-  there a model stays as it is, and XLA multiplies.
+  the frozen model, not this one: layouts belong to a version of a kernel. On a GPU other than Hopper codes stay as they
+  are, and XLA multiplies; but Blackwell's block-scaled product has MXFP8 and NVFP4 turned around.
 
   Args:
     model: what qat.freeze, a solver or a file gave.
@@ -24,11 +24,9 @@ def prepare(model, target=None):
   Returns:
     A model of the same class.
   """
-  asked, target = target, target or jax.default_backend()
+  target = target or jax.default_backend()
   matmul.check_name(target, 'A model is prepared for')
   model = nnx.clone(model)
-  if asked is None and matmul.unavailable(target):
-    return model
   found = {}  # id of Codes -> what takes their place.
   for path, layer in quantized.layers(model).items():
     for name in vars(layer)['quantizers'].weights:
@@ -39,6 +37,9 @@ def prepare(model, target=None):
       if id(variable) not in found and isinstance(variable.get_value(), qarray.QArray):
         found[id(variable)] = _prepared(layer, name, variable, target)
   transform.swap(model, {key: value for key, value in found.items() if value is not None})
+  for _, module in quantized.walk(model):
+    if vars(module).get('rotation') is definition.transform:             # Of ptq's online rotations.
+      module.rotation = hadamard.transform
   return model
 
 
@@ -48,7 +49,9 @@ def _prepared(layer, name, variable, target):
   weight = quantizers.weights[name]
   if isinstance(layer, quantized.PRODUCTS) and not weight.layout.batch and q.ndim == 2:
     for inputs in ([] if quantizers.input is None else [quantizers.input.spec]) + [None]:
-      if matmul.explain(_example(q.shape[0], inputs, target), q)[target] is None:
+      x = _example(q.shape[0], inputs, target)
+      here = target == jax.default_backend()                             # Of a device that is not here, all is run.
+      if matmul.explain(x, q)[target] is None and not (here and matmul.unavailable(target, x)):
         return weights.Codes(matmul.prepare(q, target, inputs))
   return weights.Decoded(weight.decode(variable)) if target == 'cpu' else None
 

@@ -36,14 +36,15 @@ class Divide(nnx.Module):
 class Hadamard(nnx.Module):
   """x diag(signs) H / sqrt(n), for the Hadamard matrix of core/hadamard.py: n log2 n additions, or little more.
 
-  `signs`: [n] of 1 and -1, or None.
+  `signs`: [n] of 1 and -1, or None. `rotation` is hadamard.transform, for which `qat.prepare` puts a device's kernel.
   """
 
   def __init__(self, signs=None):
     self.signs = None if signs is None else Signs(signs)
+    self.rotation = hadamard.transform
 
   def __call__(self, x):
-    return hadamard.transform(x, None if self.signs is None else self.signs.get_value())
+    return self.rotation(x, None if self.signs is None else self.signs.get_value())
 
 
 @functools.cache

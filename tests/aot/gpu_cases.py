@@ -1,13 +1,17 @@
 """Products to compile for GPUs: each name gives a function that returns (function, shapes of its arguments)."""
 
 import functools
+from unittest import mock
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
+import qat
 from qat.core import formats, qarray, specs
-from qat.kernels import block_scaled as block_scaled_
+from qat.kernels import block_scaled as block_scaled_, tokens as tokens_
 from qat.kernels import attention_gpu, encode_gpu, hadamard_gpu, matmul_gpu, matmul_xla, scaled_matmul_gpu, tiles_gpu
+from qat.nn import recipes
 
 K = N = 4096
 WEIGHTS = {
@@ -57,6 +61,21 @@ def block_scaled(name, rows):
   return block_scaled_.matmul, (coded(spec, rows, K), coded(specs.kernel(spec), K, N))
 
 
+def prepared(name, rows):
+  """The same of a weight that was turned around once."""
+  f, (x, w) = block_scaled(name, rows)
+  return f, (x, jax.eval_shape(block_scaled_.prepare, w))
+
+
+def blackwell_layer():
+  """A frozen layer of MXFP8 on both sides, as a model that was prepared on Blackwell calls it."""
+  layer = nnx.Linear(K, N, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  model = qat.freeze(qat.quantize(layer, recipes.get('mxfp8')))
+  with mock.patch.object(block_scaled_, 'available', lambda: True):
+    graph, state = nnx.split(qat.prepare(model, 'gpu'))
+  return lambda state, x: nnx.merge(graph, state)(x), (state, floats(512))
+
+
 def batched(rows):
   """Under vmap, over inputs and over weights too."""
   stack = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), tree)
@@ -77,11 +96,14 @@ encode_fp8 = functools.partial(encode, name='fp8')
 xla_encode = functools.partial(encode, encode=qarray.encode)
 
 
-def attention(tokens):
+def attention(tokens, spec=INPUTS['int8']):
   """8 heads of keys and values, 4 queries each."""
-  cache = coded(INPUTS['int8'], 8, tokens, 128)
+  cache = jax.eval_shape(tokens_.of, coded(spec, 8, tokens, 128))
   query = jax.ShapeDtypeStruct((8, 4, 128), jnp.bfloat16)
   return attention_gpu.decode, (query, cache, cache, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+attention_kv8, attention_kv4 = (functools.partial(attention, spec=specs.affine(bits, specs.TOKEN)) for bits in (8, 4))
 
 
 def with_tiles(rows, *sizes):
@@ -98,9 +120,11 @@ def __getattr__(name):
   what, _, rows = name.rpartition('_')
   if not rows.isdigit():
     raise AttributeError(name)
+  if what.startswith('prepared_'):
+    return functools.partial(prepared, what.removeprefix('prepared_'), int(rows))
   if what.startswith('block_scaled_'):
     return functools.partial(block_scaled, what.removeprefix('block_scaled_'), int(rows))
-  if what in ('batched', 'hadamard', 'encode', 'encode_fp8', 'xla_encode', 'attention'):
+  if what in ('batched', 'hadamard', 'encode', 'encode_fp8', 'xla_encode') or what.startswith('attention'):
     return functools.partial(globals()[what], int(rows))
   if what.startswith('xla_'):
     return functools.partial(xla, what.removeprefix('xla_'), int(rows))

@@ -15,8 +15,10 @@ TOLERANCE = 1.05
 DECODE = [f'{case}_16' for case in ('int4_g128_x_bf16', 'int4_x_bf16', 'int8_x_bf16', 'nf4_x_bf16', 'int4_g128_x_int8',
                                     'int8_x_int8')]
 PREFILL = [f'{case}_256' for case in ('int4_g128_x_bf16', 'int4_x_bf16', 'int8_x_int8', 'int4_x_int8', 'fp8_x_fp8')]
-OTHERS = [f'{case}_x_bf16_16' for case in ('int4_g32', 'uint4_g128', 'mxfp4', 'fp8', 'int2_g128')]
-CASES = ['float_16', 'float_256', *DECODE, *PREFILL, *OTHERS, 'rotation', 'encoding', 'attention']
+OTHERS = [*(f'{case}_x_bf16_16' for case in ('int4_g32', 'uint4_g128', 'mxfp4', 'fp8', 'int2_g128', 'uint2_g128')),
+          'int2_g128_x_int8_16']
+CASES = ['float_16', 'float_256', *DECODE, *PREFILL, *OTHERS, 'rotation', 'encoding', 'attention',
+         'attention_kv8', 'attention_kv4']
 
 
 def budgets():

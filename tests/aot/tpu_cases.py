@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import qat
 from qat.core import formats, qarray, specs
-from qat.kernels import attention_tpu, encode_tpu, hadamard_tpu, matmul_tpu, prepared
+from qat.kernels import attention_tpu, encode_tpu, hadamard_tpu, matmul_tpu, prepared, tokens
 from qat.quantizers import ste
 
 K = N = 4096
@@ -16,7 +16,7 @@ WEIGHTS = {
     'int4_g128': specs.integer(4, (128, 1)), 'int4_g32': specs.integer(4, (32, 1)), 'int4': specs.integer(4, (None, 1)),
     'int8': specs.integer(8, (None, 1)), 'uint4_g128': specs.affine(4, (128, 1)), 'nf4': specs.kernel(specs.NF4),
     'mxfp4': specs.kernel(specs.MXFP4), 'fp8': qarray.Spec(formats.FP8_E4M3, (None, 1)),
-    'int2_g128': specs.integer(2, (128, 1))}
+    'int2_g128': specs.integer(2, (128, 1)), 'uint2_g128': specs.affine(2, (128, 1))}
 INPUTS = {'bf16': None, 'int8': specs.integer(8, specs.TOKEN), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.TOKEN)}
 
 
@@ -55,10 +55,13 @@ def encoding():
   return lambda x: encode_tpu.encode(x, spec), (jax.ShapeDtypeStruct((256, 4096), jnp.bfloat16),)
 
 
-def attention():
-  cache = shapes(lambda x: qarray.encode(x, specs.integer(8, specs.TOKEN)), 8, 4096, 128)
+def attention(format=formats.INT8, zero=None):
+  cache = shapes(lambda x: tokens.of(qarray.encode(x, qarray.Spec(format, specs.TOKEN, zero=zero))), 8, 4096, 128)
   query = jax.ShapeDtypeStruct((8, 4, 128), jnp.bfloat16)
   return attention_tpu.decode, (query, cache, cache, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+attention_kv8, attention_kv4 = (functools.partial(attention, f, qarray.Zero(f)) for f in (formats.UINT8, formats.UINT4))
 
 
 def unaligned():

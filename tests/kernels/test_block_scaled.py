@@ -12,6 +12,7 @@ import qat
 from qat.core import qarray, specs
 from qat.kernels import block_scaled, matmul
 from qat.nn import dot, recipes
+from qat.quantizers import ste
 
 GRIDS = {'MXFP8': specs.MXFP8, 'MXFP8 E5M2': specs.MXFP8_E5M2, 'NVFP4': specs.NVFP4}
 
@@ -78,6 +79,69 @@ def test_dispatch_of_two_qarrays(monkeypatch):
   expected = matmul.matmul(x, w)
   monkeypatch.setattr(block_scaled, 'available', lambda: True)
   np.testing.assert_allclose(matmul.matmul(x, w), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('name', GRIDS)
+def test_a_prepared_weight_gives_the_same_bits(name):
+  x, w = operands(GRIDS[name])
+  p = block_scaled.prepare(w)
+  assert p.layout == 'gpu-sm100/1' and p.target == 'gpu' and p.arrays['codes'].shape == (24, 64)
+  np.testing.assert_array_equal(block_scaled.matmul(x, p), block_scaled.matmul(x, w))
+  np.testing.assert_array_equal(matmul.decode(p, jnp.bfloat16), qarray.decode(w, jnp.bfloat16))
+  bits = w.spec.format.bits + 8 / (64 // p.arrays['scale'].shape[1])
+  assert p.nbits == 64 * 24 * bits + (32 if name == 'NVFP4' else 0)
+  y = jax.jit(matmul.matmul)(x, p)
+  assert y.shape == (2, 3, 24)
+  np.testing.assert_allclose(y, block_scaled.matmul(x, w), atol=1e-6)  # One matrix of rows.
+
+
+def test_what_is_not_prepared_says_why():
+  w, (stack_x, stack) = operands(specs.MXFP8)[1], operands(specs.MXFP8, 5)
+  other = operands(specs.MXFP8_E5M2)[0]
+  p = block_scaled.prepare(w)
+  with pytest.raises(NotImplementedError, match='both are MXFP8, or both NVFP4'):
+    matmul.matmul(other, p)
+  with pytest.raises(NotImplementedError, match="reads 'gpu-sm90/1'"):
+    matmul.matmul(jnp.ones((2, 64), jnp.bfloat16), p)
+  assert 'float32' in block_scaled.unsupported(jnp.ones((2, 64)), w)
+  assert 'no [k, n]' in block_scaled.unsupported(stack_x, stack)
+  for bad in (stack, qarray.encode(jnp.ones((64, 24)), specs.integer(8, specs.CHANNEL))):
+    with pytest.raises(NotImplementedError, match='Keep the QArray'):
+      block_scaled.prepare(bad)
+
+
+@pytest.fixture
+def on_blackwell(monkeypatch):
+  """Dispatch as there; devices that are no Hopper's."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(block_scaled, 'available', lambda: True)
+
+
+@pytest.mark.parametrize('recipe', ['mxfp8', 'nvfp4'])
+def test_models_are_prepared_on_blackwell(recipe, on_blackwell):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 64))
+  dot.code_product.clear_cache()
+  model = qat.freeze(qat.quantize(nnx.Linear(64, 16, rngs=nnx.Rngs(0)), recipes.get(recipe)))
+  served = qat.prepare(model)
+  assert vars(served)['kernel'].get_value().layout == 'gpu-sm100/1'
+  np.testing.assert_allclose(served(x), model(x), atol=1e-6)
+  np.testing.assert_array_equal(served.kernel[...], model.kernel[...])
+
+
+def test_other_models_stay_as_they_are_on_blackwell(on_blackwell):
+  for spec in (specs.integer(4, specs.CHANNEL), specs.kernel(specs.MXFP8)):
+    rule = qat.Rule('.*', ste.STE(spec))
+    served = qat.prepare(qat.freeze(qat.quantize(nnx.Linear(64, 16, rngs=nnx.Rngs(0)), [rule])))
+    assert isinstance(vars(served)['kernel'].get_value(), qat.QArray)
+
+
+def test_the_layout_is_of_the_device_or_of_the_weight(on_blackwell):
+  x, w = operands(specs.MXFP8)
+  assert matmul.prepare(w, inputs=specs.MXFP8).layout == block_scaled.LAYOUT
+  assert matmul.explain(x, w)['gpu'] is None
+  np.testing.assert_allclose(matmul.matmul(x, w, implementation='gpu'), block_scaled.matmul(x, w), atol=1e-6)
+  with pytest.raises(NotImplementedError, match='the kernels are for 9.0'):
+    matmul.matmul(jnp.ones((2, 64), jnp.bfloat16), w, implementation='gpu')
 
 
 def test_other_devices_have_none():

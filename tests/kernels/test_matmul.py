@@ -14,7 +14,10 @@ K, N = 256, 200
 WEIGHTS = {
     'int4 by 128': specs.integer(4, (128, 1)), 'int4 by 32': specs.integer(4, (32, 1)),
     'int4 an output': specs.integer(4, specs.CHANNEL), 'int8 a tensor': specs.integer(8, specs.TENSOR),
-    'int3 by 64': specs.integer(3, (64, 1)), 'int2 by 32': specs.integer(2, (32, 1)),
+    'int5 by 128': specs.integer(5, (128, 1)), 'int3 by 64': specs.integer(3, (64, 1)),
+    'int2 by 32': specs.integer(2, (32, 1)), 'int2 by 128': specs.integer(2, (128, 1)),
+    'uint2 with zeros': specs.affine(2, (128, 1)), 'uint3 with zeros': specs.affine(3, (64, 1)),
+    'Q2_K': specs.kernel(specs.Q2_K),
     'uint4 with zeros': specs.affine(4, (128, 1)), 'uint8 with zeros': specs.affine(8, specs.CHANNEL),
     'Q4_K': specs.kernel(specs.Q4_K), 'NF4': specs.kernel(specs.NF4), 'NF4 with double quantization':
     specs.kernel(specs.NF4_DQ), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.CHANNEL), 'MXFP4': specs.kernel(specs.MXFP4),
@@ -79,7 +82,8 @@ def test_float32_is_exact_to_its_own_rounding(name):
     np.testing.assert_allclose(wide(jax.jit(f)(x, q)), wide(x) @ wide(qarray.decode(q)), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('w', ['int4 by 128', 'int8 a tensor', 'uint4 with zeros', 'uint8 with zeros', 'Q4_K', 'fp8'])
+@pytest.mark.parametrize('w', ['int4 by 128', 'int2 by 128', 'uint2 with zeros', 'int8 a tensor', 'uint4 with zeros',
+                               'uint8 with zeros', 'Q4_K', 'fp8'])
 @pytest.mark.parametrize('x', CODES)
 def test_products_of_codes(x, w):
   """Sums of integers are exact, those of fp8 exact but for float32's rounding."""
@@ -90,8 +94,9 @@ def test_products_of_codes(x, w):
   assert y.dtype == jnp.float32
   np.testing.assert_allclose(wide(y), expected, rtol=0, atol=2e-6 * abs(expected).max())
   if matmul.explain(codes, q)['tpu'] is None:
-    y = matmul.matmul(codes, q, implementation=matmul.Kernel('tpu', interpret=True))
-    np.testing.assert_allclose(wide(y), expected, rtol=0, atol=2e-6 * abs(expected).max())
+    for held in (q, matmul.prepare(q, 'tpu', CODES[x])):
+      y = matmul.matmul(codes, held, implementation=matmul.Kernel('tpu', interpret=True))
+      np.testing.assert_allclose(wide(y), expected, rtol=0, atol=2e-6 * abs(expected).max())
 
 
 def test_which_codes_tpus_multiply():
@@ -170,6 +175,26 @@ def test_what_cannot_run_says_why():
     matmul.Kernel('cuda')
   with pytest.raises(ValueError, match="prepared for 'npu'"):
     matmul.prepare(q, 'npu')
+
+
+@pytest.mark.parametrize('name, dtype', [
+    ('binary', 'int2'), ('ternary', 'int2'), ('int2 by 32', 'int2'), ('uint2 with zeros', 'int2'), ('Q2_K', 'int2'),
+    ('int3 by 64', 'int4'), ('uint3 with zeros', 'int4'), ('int4 by 32', 'int4'), ('uint4 with zeros', 'uint4'),
+    ('int5 by 128', 'int8'), ('uint8 with zeros', 'int8'), ('NF4', 'uint4')])
+def test_tpus_hold_codes_in_the_fewest_bits(name, dtype):
+  q, x = weight(name), inputs(3)
+  p = matmul.prepare(q, 'tpu')
+  assert p.arrays['codes'].dtype == dtype
+  np.testing.assert_allclose(matmul.decode(p), qarray.decode(q), atol=1e-6)
+  y = jax.jit(functools.partial(matmul.matmul, implementation=matmul.Kernel('tpu', interpret=True)))(x, p)
+  assert_product(y, x, q)
+
+
+def test_a_single_call_reads_codes_as_they_are_stored():
+  kernel = matmul.Kernel('tpu', interpret=True)
+  program = str(jax.make_jaxpr(kernel)(inputs(3), weight('int2 by 128')))
+  assert 'i4[256,200]' in program and 'i2[' not in program and 'i32[256,200]' not in program
+  assert 'i2[256,200]' in str(jax.make_jaxpr(kernel)(inputs(3), matmul.prepare(weight('int2 by 128'), 'tpu')))
 
 
 def test_empty_inputs_are_left_to_xla():

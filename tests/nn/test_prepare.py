@@ -12,7 +12,8 @@ import pytest
 import qat
 from qat.core import specs
 from qat.kernels import matmul_cpu, prepared
-from qat.nn import quantized, weights
+from qat.nn import quantized, recipes, weights
+from qat.ptq import rotate
 from qat.quantizers.ste import STE
 from tests.nn import zoo
 
@@ -104,6 +105,16 @@ def test_frozen_models_of_other_devices_multiply_by_kernels(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   program = jax.make_jaxpr(lambda x: layer(x))(jnp.ones((2, 256), jnp.bfloat16))
   assert 'pallas_call' in str(program)
+
+
+def test_inputs_are_turned_and_encoded_by_kernels(monkeypatch):
+  """As on TPU: a rotation, an encoding and a product, one pass each."""
+  model = nnx.Sequential(nnx.Linear(256, 128, dtype=jnp.bfloat16, use_bias=False, rngs=nnx.Rngs(0)))
+  turned = qat.freeze(qat.quantize(rotate.rotate_inputs(model, 'layers/0'), recipes.get('w8a8')))
+  x = jnp.ones((32, 256), jnp.bfloat16)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  program = str(jax.make_jaxpr(lambda x: qat.prepare(turned)(x))(x))
+  assert re.findall('name=(hadamard|encode|matmul_int8)', program) == ['hadamard', 'encode', 'matmul_int8']
 
 
 def test_a_gpu_without_kernels_keeps_the_codes(monkeypatch):
