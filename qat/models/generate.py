@@ -26,6 +26,11 @@ def generate(model, tokens: Int[Array, 'b t'], count: int, temperature=0.0, key=
   Returns:
     i32[b, count].
   """
+  if not hasattr(model, 'caches'):
+    raise TypeError(f'generate by a {type(model).__name__}, which has no caches. Give a models.decoder.Decoder.')
+  tokens = jnp.asarray(tokens)
+  if tokens.ndim != 2:
+    raise ValueError(f'generate after tokens of shape {tokens.shape}: rows are [b, t]. Give tokens[None] for one.')
   total, most = tokens.shape[1] + count, model.config.context_length
   if count < 1 or tokens.shape[1] < 1 or total > most:
     raise ValueError(f'generate {count} tokens after {tokens.shape[1]}: the model has contexts of 2 to {most} tokens, '
@@ -35,18 +40,18 @@ def generate(model, tokens: Int[Array, 'b t'], count: int, temperature=0.0, key=
     raise ValueError(f'generate with temperature {temperature} and key {key}: tokens are drawn by a key at a '
                      'temperature above 0. Give key=jax.random.key(0), or leave temperature at 0.')
   caches = model.caches(tokens.shape[0], -(-total // TILE) * TILE)
-  graph, state = nnx.split((model, caches))
-  return _written(graph, count, temperature > 0, state, tokens, jnp.float32(temperature), key)
+  (graph, state), (cache_graph, cached) = nnx.split(model), nnx.split(caches)
+  return _written((graph, cache_graph), count, temperature > 0, state, cached, tokens, jnp.float32(temperature), key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _written(graph, count, drawn, state, tokens, temperature, key):
+def _written(graphs, count, drawn, state, cached, tokens, temperature, key):
   """One program for each structure, count and shape."""
 
-  def read(state, tokens):
-    model, caches = nnx.merge(graph, state)
+  def read(cached, tokens):
+    model, caches = nnx.merge(graphs[0], state), nnx.merge(graphs[1], cached)
     logits = model(tokens, caches)[:, -1].astype(jnp.float32)            # [b, vocab_size]
-    return nnx.state((model, caches)), logits
+    return nnx.state(caches), logits
 
   def choose(logits, i):
     if drawn:
@@ -54,9 +59,9 @@ def _written(graph, count, drawn, state, tokens, temperature, key):
     return jnp.argmax(logits, axis=-1).astype(tokens.dtype)              # [b]
 
   def write(carry, i):
-    state, logits = carry
+    cached, logits = carry
     token = choose(logits, i)
-    return read(state, token[:, None]), token
+    return read(cached, token[:, None]), token
 
-  (_, logits), first = jax.lax.scan(write, read(state, tokens), jnp.arange(count - 1))
+  (_, logits), first = jax.lax.scan(write, read(cached, tokens), jnp.arange(count - 1))
   return jnp.concatenate([first.T, choose(logits, count - 1)[:, None]], axis=1)

@@ -51,6 +51,10 @@ def test_what_cannot_be_written_says_why(model):
     generate.generate(model, TOKENS, 8)
   with pytest.raises(ValueError, match='one or more are written'):
     generate.generate(model, TOKENS, 0)
+  with pytest.raises(ValueError, match='rows are .b, t.'):
+    generate.generate(model, TOKENS[0], 2)
+  with pytest.raises(TypeError, match='a Linear, which has no caches'):
+    generate.generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TOKENS, 2)
   with pytest.raises(ValueError, match='Give key='):
     generate.generate(model, TOKENS, 2, temperature=1.0)
   with pytest.raises(ValueError, match=r'model.caches\(2, capacity\), with 9 tokens or more'):
