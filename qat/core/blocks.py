@@ -13,8 +13,10 @@ A scale has the rank of its array, except under Flat.
 """
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 
@@ -110,6 +112,7 @@ def spread(scale, block, shape):
   return jnp.broadcast_to(scale.reshape(thin), split).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnames='axis')  # Else each step is a program, where a range is fitted without jit.
 def mean(x, axis):
   """The mean, summed in a fixed order.
 

@@ -47,7 +47,7 @@ def learn(models, xs):
 
 @functools.cache
 def results(dtype):
-  """Float and quantized models, inputs, outputs, those of the frozen models, and gradients."""
+  """Quantized models, inputs, outputs, and those of the frozen models."""
   dtype = jnp.dtype(dtype)
   key = lambda name, weight: f'{name}, {weight}'
   floats = nnx.Dict({key(n, w): zoo.MODELS[n](nnx.Rngs(0), dtype=dtype) for n, w in CASES})
@@ -55,19 +55,25 @@ def results(dtype):
   models = nnx.Dict({key(n, w): qat.quantize(floats[key(n, w)], recipe(w)) for n, w in CASES})
   xs = {key(n, w): zoo.example(n, dtype) for n, w in CASES}
   frozen = nnx.Dict({k: qat.freeze(m) for k, m in models.items()})
-  return floats, models, xs, run(nnx.clone(models), xs), run(frozen, xs), learn(nnx.clone(models), xs)
+  return models, xs, run(nnx.clone(models), xs), run(frozen, xs)
+
+
+@functools.cache
+def gradients():
+  models, xs, *_ = results('float32')
+  return learn(nnx.clone(models), xs)
 
 
 @cases
 @dtypes
 def test_frozen_is_trained_bit_for_bit(name, weight, dtype):
-  _, _, _, ys, served, _ = results(dtype)
+  *_, ys, served = results(dtype)
   got, want = (np.asarray(a[f'{name}, {weight}'], np.float32) for a in (served, ys))
   np.testing.assert_array_equal(got, want)
   assert np.isfinite(want).all() and want.any()
 
 
-@pytest.mark.parametrize('name', ['w8a8', 'w4a8_static', 'w2a2_lsq'])
+@pytest.mark.parametrize('name', ['w8a8', 'w2a2_lsq', pytest.param('w4a8_static', marks=pytest.mark.slow)])
 def test_additions_around_quantized_layers_are_the_same_in_both_programs(name):
   """Sums of embeddings, residuals and norms are floats, which LLVM may contract in one program and not in another."""
   config = encoder.Config(vocab_size=50, context_length=6, width=24, layers=1, heads=3, ffn_width=40)
@@ -79,11 +85,11 @@ def test_additions_around_quantized_layers_are_the_same_in_both_programs(name):
 
 @cases
 def test_gradients_reach_every_float_weight(name, weight):
-  _, models, *_, gradients = results('float32')
+  models, *_ = results('float32')
   key = f'{name}, {weight}'
   named = {path for path in explain.quantized_weights(models[key])}
   assert named
-  for path, g in nnx.to_flat_state(gradients[key]):
+  for path, g in nnx.to_flat_state(gradients()[key]):
     assert np.isfinite(np.asarray(g[...], np.float32)).all()
     if set(path) & {'kernel', 'p', 'embedding', 'down', 's'}:
       assert np.asarray(g[...]).any(), path
@@ -271,10 +277,13 @@ class Tied(nnx.Module):
     return self.embed.attend(jnp.concatenate(list(x), -1))
 
 
-@pytest.mark.parametrize('rows', [1, 4, 32, 64])
-@pytest.mark.parametrize('name, compute', [
-    ('w4a16', 'low_bit'), ('nf4', 'low_bit'), ('w4a16_g32', 'low_bit'), ('mxfp4', 'low_bit'), ('w8a8', 'float')])
-def test_weights_that_are_read_across_are_summed_in_one_order(name, compute, rows):
+ACROSS = [('w4a16', 'low_bit'), ('nf4', 'low_bit'), ('w4a16_g32', 'low_bit'), ('mxfp4', 'low_bit'), ('w8a8', 'float')]
+
+
+@pytest.mark.parametrize('rows, name, compute', [
+    pytest.param(rows, *case, marks=[] if case == ACROSS[0] or rows == 32 else [pytest.mark.slow])
+    for rows in (1, 4, 32, 64) for case in ACROSS])
+def test_weights_that_are_read_across_are_summed_in_one_order(rows, name, compute):
   model = qat.quantize(Tied(), qat.recipes.get(name), compute=compute)
   serve = nnx.jit(lambda m: m(jnp.arange(rows)[None] % 33))
   np.testing.assert_array_equal(serve(model), serve(qat.freeze(model)))

@@ -1,5 +1,7 @@
 """Every named recipe trains, and serves what it trained, in float32 and bfloat16."""
 
+import itertools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,15 @@ from qat.nn import recipes
 
 WIDTH = 128  # What every recipe's blocks tile.
 NAMES = [name for name in recipes.RECIPES if name != 'float'] + ['w3a16_g64_asym', 'w4a8_asym', 'w8a8_static_tensor']
+# Other bits and other blocks of what another name shows, and what bfloat16 is tried on: one of each kind.
+VARIANTS = {'w4a4', 'w4a8_g32', 'w4a8_g128', 'w8a16', 'w3a16', 'w2a16', 'w4a16_g32', 'w4a16_g128', 'w3a16_g64',
+            'w2a16_g64', 'w4a8_static', 'w4a4_static', 'w4a4_lsq', 'w3a3_lsq', 'w4a4_dorefa', 'w4a4_pact',
+            'w8a8_attention', 'mxfp8', 'mxfp6', 'nf3', 'nf2', 'q8_0', 'w3a16_g64_asym'}
+IN_BFLOAT16 = {'w8a8', 'w4a16_g64', 'w8a8_static', 'w2a2_lsq', 'w1a2g6_dorefa', 'w2a2_pact', 'w4a8_attention',
+               'w4a8_stochastic', 'bitnet', 'fp8', 'mxfp4', 'nvfp4', 'nf4_dq', 'q4_1', 'w4a8_asym'}
+SLOW = {('float32', name) for name in VARIANTS} | {('bfloat16', name) for name in set(NAMES) - IN_BFLOAT16}
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else [])
+         for case in itertools.product(['float32', 'bfloat16'], NAMES)]
 
 
 class Small(nnx.Module):
@@ -47,9 +58,8 @@ def make(name, dtype):
   return qat.calibrate(qat.quantize(model, recipes.get(name)), [TOKENS])
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_serves_what_it_trains(name, dtype):
+@pytest.mark.parametrize('dtype, name', CASES)
+def test_serves_what_it_trains(dtype, name):
   model = make(name, dtype)
   frozen = qat.freeze(model)
   y, g = outputs_and_gradients(model)

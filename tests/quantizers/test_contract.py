@@ -83,6 +83,11 @@ MEMBERS = {
     'bitnet, weight': kernel(bitnet.weight()), 'bitnet, input': tokens(bitnet.input()),
 }
 
+# One of each quantizer and, of those that take many, of each kind of grid: those that are tried everywhere.
+FEW = ('ste, int4', 'ste, int8 a token', 'ste, nf4 twice', 'ste, nvfp4', 'ste, affine', 'ste, fp8', 'static, weight',
+       'static, affine input', 'lsq, int4', 'lsq, unsigned input', 'pact', 'dorefa, 1 bit', 'dorefa, input',
+       'stochastic', 'stochastic input', 'adaround', 'signround, affine', 'flexround', 'lwc', 'learned grid, affine',
+       'qdrop', 'bitnet, weight', 'bitnet, input')
 LEARNS_STEPS = ('lsq', 'pact', 'signround', 'flexround', 'lwc', 'learned grid', 'qdrop')
 
 
@@ -120,39 +125,49 @@ def transformed(members, x):
   return {n: dict(forms(q)) for n, q in members.items()}
 
 
+def group(name, dtype):
+  """The members that are compiled with one: all in float32, FEW or all others in bfloat16."""
+  return tuple(n for n in MEMBERS if dtype == 'float32' or (n in FEW) == (name in FEW))
+
+
+def results(name, dtype):
+  return results_of(group(name, dtype), dtype)
+
+
 @functools.cache
-def results(dtype):
+def results_of(names, dtype):
   x = example(jnp.dtype(dtype))
-  members = nnx.Dict({n: make(x) for n, make in MEMBERS.items()})
+  members = nnx.Dict({n: MEMBERS[n](x) for n in names})
   return members, x, *trained(members, x), served(members, x), served(
       nnx.Dict({n: q.frozen() for n, q in members.items()}), x)
 
 
-names = pytest.mark.parametrize('name', MEMBERS)
-dtypes = pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def few(*rest):
+  """Parameters (rest, name) for every member, slow for all but FEW."""
+  return [pytest.param(*rest, n, marks=[] if n in FEW else [pytest.mark.slow]) for n in MEMBERS]
 
 
-@names
-@dtypes
-def test_trains_as_it_serves(name, dtype):
-  members, x, trained, _, served, frozen = results(dtype)
+members_and_types = pytest.mark.parametrize('dtype, name', [('float32', n) for n in MEMBERS] + few('bfloat16'))
+
+
+@members_and_types
+def test_trains_as_it_serves(dtype, name):
+  members, x, trained, _, served, frozen = results(name, dtype)
   assert trained[name].dtype == x.dtype and trained[name].shape == x.shape
   np.testing.assert_array_equal(trained[name], served[name])
   if not name.startswith('stochastic'):  # Which round to nearest when they are frozen.
     np.testing.assert_array_equal(trained[name], frozen[name])
 
 
-@names
-@dtypes
-def test_trains_as_it_serves_without_jit(name, dtype):
-  members, x, *_ = results(dtype)
+@members_and_types
+def test_trains_as_it_serves_without_jit(dtype, name):
+  members, x, *_ = results(name, dtype)
   np.testing.assert_array_equal(members[name](x), qarray.decode(members[name].encode(x), x.dtype))
 
 
-@names
-@dtypes
-def test_gradients_are_finite_and_every_parameter_learns(name, dtype):
-  members, x, _, gradients, *_ = results(dtype)
+@members_and_types
+def test_gradients_are_finite_and_every_parameter_learns(dtype, name):
+  members, x, _, gradients, *_ = results(name, dtype)
   for g in jax.tree.leaves(gradients[name]):
     assert np.isfinite(np.asarray(g, np.float32)).all() and np.asarray(g, np.float32).any()
   by_parameter, by_x = gradients[name]
@@ -161,20 +176,19 @@ def test_gradients_are_finite_and_every_parameter_learns(name, dtype):
 
 
 @functools.cache
-def in_transformations():
-  members, x, *_ = results('float32')
-  return transformed(members, x)
+def in_transformations(is_few):
+  members, x, *_ = results('', 'float32')
+  return transformed(nnx.Dict({n: q for n, q in members.items() if (n in FEW) == is_few}), x)
 
 
-@names
-@pytest.mark.parametrize('form', ['vmap', 'scan', 'remat'])
-def test_works_in_transformations(name, form):
-  got = in_transformations()[name]
+@pytest.mark.parametrize('form, name', [case for form in ('vmap', 'scan', 'remat') for case in few(form)])
+def test_works_in_transformations(form, name):
+  got = in_transformations(name in FEW)[name]
   np.testing.assert_allclose(got[form], got['plain'], rtol=1e-5, atol=1e-6)  # A value off its grid is 0.1 off.
 
 
 def test_compiles_once():
-  members, x, *_ = results('float32')
+  members, x, *_ = results('', 'float32')
   members, traces = nnx.clone(members), []
 
   @nnx.jit

@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def there(tmp_path_factory):
   """A folder with a network and texts."""
   folder = tmp_path_factory.mktemp('tiny')
-  tiny_finetune.network(folder / 'net')
+  tiny_finetune.network(folder / 'net', layers=1)
   (folder / 'text.txt').write_text(tiny_finetune.TEXT * 20)
   lines = [dict(messages=[dict(role='user', content=f'{i}?'), dict(role='assistant', content='yes' * (1 + i % 5))])
            for i in range(24)]
@@ -78,9 +78,9 @@ def test_the_loss_falls_and_the_base_stays(done):
   found = result(done)
   assert found['metrics']['loss'] < found['metrics_before']['loss'] - 0.3
   assert found['base_unchanged'] and found['base_sha256'] == found['base_sha256_after']
-  # 14 layers: rank 4 times their inputs and outputs.
+  # 7 layers: rank 4 times their inputs and outputs.
   each = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
-  assert found['trained_parameters'] == 2 * 4 * each
+  assert found['trained_parameters'] == 4 * each
   # NF4 and double quantization: 4 + 8/64 bits, and a few floats over these small matrices.
   assert 4.125 < found['bits_per_weight'] < 4.3
   assert 'blocks/0/attention/q' in (done / 'report.html').read_text()
@@ -97,7 +97,7 @@ def test_the_adapter_is_left_in_the_layout_of_peft(there, done):
 def test_checkpoints_hold_adapters_and_not_the_base(done):
   kept = arrays(done, 30)
   params = {name for name in kept if name.startswith('params/')}
-  assert len(params) == 2 * 14 and all(name.endswith(('/A', '/B')) for name in params)
+  assert len(params) == 2 * 7 and all(name.endswith(('/A', '/B')) for name in params)
   assert any('rngs' in name for name in kept)                            # Dropout's keys.
   assert not [name for name in kept if 'codes' in name or 'embedding' in name]
   assert checkpoint.about(done, 30)['base_sha256'] == result(done)['base_sha256']
@@ -240,7 +240,7 @@ def test_a_workdir_of_another_config_or_another_base_is_refused(there, done, cap
   weights = there / 'net' / 'model.safetensors'
   kept = weights.read_bytes()
   try:
-    tiny_finetune.network(there / 'net', seed=1)
+    tiny_finetune.network(there / 'net', layers=1, seed=1)
     assert finetune(there, done, 'dropout=0.1,steps=30') == 2
     assert 'trained beside a base of SHA-256' in paragraph(capfd)
   finally:

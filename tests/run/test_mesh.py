@@ -24,8 +24,7 @@ ARGS = ['recipe=w8a8', 'recipe=w4a16_g64,width=64', 'model=mlp,recipe=lsq']
 
 def run(*argv, devices=8):
   """What tests/run/mesh_program.py prints at the end, as JSON."""
-  env = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=FLAGS.format(devices),
-             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1')
+  env = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=FLAGS.format(devices))
   done = subprocess.run([sys.executable, '-m', 'tests.run.mesh_program', *map(str, argv)], cwd=ROOT, env=env,
                         capture_output=True, text=True, timeout=400)
   assert done.returncode == 0, done.stdout + done.stderr

@@ -31,8 +31,7 @@ def port():
 
 def start(workdir, processes=2, *flags, config=CONFIG % 'float'):
   """The processes of a run on a mesh of 8 devices."""
-  env = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=FLAGS.format(8 // processes),
-             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1')
+  env = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=FLAGS.format(8 // processes))
   command = [sys.executable, '-m', 'qat.run', 'train', f'--config={config}', f'--workdir={workdir}',
              '--config.mesh.data=4', '--config.mesh.model=2', '--config.checkpoint_every_steps=5', *flags]
   where = [] if processes == 1 else [f'--coordinator=127.0.0.1:{port()}', f'--processes={processes}']

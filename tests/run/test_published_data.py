@@ -49,7 +49,7 @@ def texts(folder, form):
           'model.vocab_size': tiny_finetune.tokenizer().get_vocab_size()}
 
 
-@pytest.mark.parametrize('form', ['imagenet', 'tfds'])
+@pytest.mark.parametrize('form', ['imagenet', pytest.param('tfds', marks=pytest.mark.slow)])
 def test_imagenet_trains_by_lsq(folder, tmp_path, form):
   result = run('train', 'imagenet_resnet.py:augment=strong,smoke', tmp_path,
                **{'data.data_dir': folder / form, 'data.test': 'validation', 'model.classes': 3})

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same bytes.
+"""A run that is killed or told to end at any moment goes on to the same bytes.
 
 Real processes and real signals: nothing of a run may depend on a clean exit.
 """
@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-
-import pytest
 
 from qat.run import checkpoint
 
@@ -58,39 +56,31 @@ def lines(workdir):
   return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('uninterrupted')
-  finish(start(workdir))
-  return workdir
-
-
-def test_killed_at_three_random_steps(tmp_path, uninterrupted):
+def test_killed_and_then_told_to_end_it_goes_on_to_the_same_bytes(tmp_path):
+  """At two random steps: SIGKILL, from which it goes on, and SIGTERM, at which it saves."""
   seed = time.time_ns()
-  kills = sorted(random.Random(seed).sample(range(1, STEPS - 5), 3))
-  print(f'seed {seed}: killed at steps {kills}')
-  for step in kills:
-    process = start(tmp_path)
-    reach(process, tmp_path, step)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-  finish(start(tmp_path))
-  expected = final(uninterrupted)
-  assert any('stream' in name or 'key' in name or 'count' in name for name in expected)
-  assert final(tmp_path) == expected
-  assert lines(tmp_path) == lines(uninterrupted)
+  killed, told = sorted(random.Random(seed).sample(range(1, STEPS - 20), 2))
+  print(f'seed {seed}: killed at step {killed}, told to end at step {told}')
+  whole, workdir = tmp_path / 'whole', tmp_path / 'cut'
+  finish(start(whole))
 
+  process = start(workdir)
+  reach(process, workdir, killed)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
-  process = start(tmp_path)
-  reach(process, tmp_path, 20)
+  process = start(workdir)
+  reach(process, workdir, told)
   process.send_signal(signal.SIGTERM)
   out = finish(process)
-  saved = checkpoint.steps(tmp_path)[-1]
-  assert 20 <= saved < STEPS
+  saved = checkpoint.steps(workdir)[-1]
+  assert told <= saved < STEPS
   assert f'SIGTERM: saved at step {saved} of {STEPS}. The same command goes on from there.' in out
-  assert not (tmp_path / 'result.json').exists()
-  assert f'Going on from step {saved} of {STEPS}.' in finish(start(tmp_path))
-  assert final(tmp_path) == final(uninterrupted)
-  assert lines(tmp_path) == lines(uninterrupted)
+  assert not (workdir / 'result.json').exists()
+
+  assert f'Going on from step {saved} of {STEPS}.' in finish(start(workdir))
+  expected = final(whole)
+  assert any('stream' in name or 'key' in name or 'count' in name for name in expected)
+  assert final(workdir) == expected
+  assert lines(workdir) == lines(whole)
