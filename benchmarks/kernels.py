@@ -142,7 +142,7 @@ def candidates(rows, k, n):
 def _unsupported(x, w):
   """Why no kernel of the default device multiplies x by w, or None."""
   device = jax.default_backend()
-  return matmul.unavailable(device, x) or matmul.explain(x, w)[device]
+  return matmul.unavailable(device, x, w) or matmul.explain(x, w)[device]
 
 
 def _codes(product, spec):

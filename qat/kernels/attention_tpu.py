@@ -24,8 +24,9 @@ def unsupported(query, keys, values):
   """Why this kernel does not run, or None."""
   if why := attention_xla.unsupported(query, keys, values):
     return why
-  if any(isinstance(c.format, formats.Float) and c.format.dtype is None for c in (keys, values)):
-    return f'{keys.format} has no type on TPU'
+  for cache in (keys, values):
+    if isinstance(cache.format, formats.Float) and cache.format.dtype is None:
+      return f'{cache.format} has no type on TPU'
   if keys.shape[1] % LANES or keys.shape[2] % LANES:
     return f'keys of shape {keys.shape} are not of whole tiles of {LANES} tokens by {LANES}'
   return None
@@ -35,8 +36,7 @@ def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) 
   """attention_xla.decode(query, keys, values, length)."""
   if why := unsupported(query, keys, values):
     raise NotImplementedError(f'Attention over a cache in codes by the TPU kernel: {why}. Use attention_xla.decode.')
-  h, g, d = query.shape
-  t = keys.shape[1]
+  keys, values, (h, g, d), t = keys.first(length), values.first(length), query.shape, keys.shape[1]
   run = next(r for r in (TOKENS, 256, LANES) if t % r == 0)
   group = -(-g // 16) * 16                                               # A tile of bfloat16.
   q = (query.astype(jnp.float32) * jnp.float32(d**-0.5)).astype(jnp.bfloat16)

@@ -38,7 +38,7 @@ def decode(query: Float[Array, 'h g d'], keys: tokens.Tokens, values: tokens.Tok
   """
   if why := unsupported(query, keys, values):
     raise ValueError(f'Attention over a cache in codes: {why}. Give the Tokens of a QArray[kv_heads, t, d].')
-  t, d = keys.shape[1:]
+  keys, values, (t, d) = keys.first(length), values.first(length), keys.shape[1:]
   high = dict(precision=jax.lax.Precision.HIGHEST)
   q = query.astype(jnp.float32) * jnp.float32(d**-0.5)
   scores = jnp.einsum('hgd,htd->hgt', q, keys.format.decode(keys.codes), **high) * keys.scale

@@ -25,7 +25,8 @@ BLACKWELL = 10  # Its compute capability, and those after.
 def available():
   """Whether the default device of this process multiplies them."""
   capability = getattr(jax.devices()[0], 'compute_capability', None)
-  return capability is not None and float(capability) >= BLACKWELL
+  major = (capability or '').split('.')[0]                               # AMD's are such as 'gfx942'.
+  return major.isdigit() and int(major) >= BLACKWELL
 
 
 def fit(x, w):

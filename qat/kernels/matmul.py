@@ -145,7 +145,7 @@ def choose(x, w, implementation=None):
     return None
   if isinstance(implementation, str):
     check_name(implementation, 'implementation')
-    if why := unavailable(implementation, x):
+    if why := unavailable(implementation, x, w):
       raise NotImplementedError(f"implementation={implementation!r}: {why}. Give 'xla', or None for the best there is.")
     implementation = Kernel(implementation)
   if why := _unsupported(implementation, x, w):
@@ -154,13 +154,12 @@ def choose(x, w, implementation=None):
   return implementation
 
 
-def unavailable(name, x):
-  """Why this process' default device does not run the kernels of a name for inputs such as x, or None."""
+def unavailable(name, x, w):
+  """Why this process' default device does not run the kernels of a name for operands such as x and w, or None."""
   if jax.default_backend() != name:
     return f'the default device of this process is of {jax.default_backend()!r}'
-  if name != 'gpu' or isinstance(x, qarray.QArray) and block_scaled.available():
-    return None
-  return pipeline_gpu.needs_hopper(jax.devices()[0])
+  blackwell = _modules(isinstance(x, qarray.QArray), w)[name] is block_scaled and block_scaled.available()
+  return None if name != 'gpu' or blackwell else pipeline_gpu.needs_hopper(jax.devices()[0])
 
 
 def explain(x, w):

@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
       caches: of `self.caches`, which take up these tokens: they come after those held already.
 
     Returns:
-      f32[b, t, vocab_size]; NaN where the caches were full.
+      f32[b, t, vocab_size]; NaN if the caches, or the context, have no room for all of the tokens.
     """
     t = tokens.shape[1]
     if t > self.config.context_length:
@@ -211,12 +211,13 @@ class Decoder(nnx.Module):
     if caches is not None:
       kv_cache.check(caches, len(self.blocks), tokens.shape)
       positions = caches[0].length[...] + positions
-      x = jnp.where(positions[-1] < caches[0].capacity, x, jnp.nan)  # Full: no compiled program can raise.
     if self.config.rope is None:
       x = x + self.position(positions)[None]
     for i, block in enumerate(self.blocks):
       x = block(x) if caches is None else block(x, caches[i])
     x = self.norm(x)
+    if caches is not None:  # No compiled program can raise.
+      x = jnp.where(positions[-1] < min(caches[0].capacity, self.config.context_length), x, jnp.nan)
     return self.embed.attend(x) if self.config.tied_head else self.head(x)
 
 

@@ -13,7 +13,7 @@ class Cache(nnx.Module):
 
   Attributes:
     keys, values: float[b, capacity, kv_heads, d].
-    length: i32[], how many tokens are held.
+    length: i32[], how many tokens are held. Set to 0, it begins another text.
   """
 
   def __init__(self, batch, capacity, kv_heads, head_dim, dtype):
@@ -36,7 +36,9 @@ class Cache(nnx.Module):
     for held, new in ((self.keys, key), (self.values, value)):
       held[...] = jax.lax.dynamic_update_slice_in_dim(held[...], new.astype(held.dtype), start, axis=1)
     self.length[...] = start + t
-    return attention_fn(query, self.keys[...], self.values[...], mask=past(start, t, self.capacity))
+    is_held = (jnp.arange(self.capacity) < start + t)[None, :, None, None]
+    keys, values = (jnp.where(is_held, a[...], 0) for a in (self.keys, self.values))  # No range is of an older text.
+    return attention_fn(query, keys, values, mask=past(start, t, self.capacity))
 
 
 def make(attention_fn, *sizes):
@@ -48,10 +50,11 @@ def make(attention_fn, *sizes):
 def check(caches, layers, shape):
   """Raises unless there is a cache for each layer, and each has room for tokens of `shape` [b, t] when it is empty."""
   b, t = shape
-  if len(caches) != layers or caches[0].batch != b or caches[0].capacity < t:
+  sizes = sorted({(c.batch, c.capacity) for c in caches})
+  if t == 0 or len(caches) != layers or any(rows != b or capacity < t for rows, capacity in sizes):
     raise ValueError(f'Decoder of {layers} layers, called on tokens of shape {shape} with {len(caches)} caches of '
-                     f'{caches[0].batch} rows and {caches[0].capacity} tokens: there is no room. Make caches for them: '
-                     f'model.caches({b}, capacity), with {t} tokens or more.')
+                     f'(rows, tokens) {sizes}: there is no room, or no token. Make caches for one token or more: '
+                     f'model.caches({b}, capacity), with a capacity of {max(t, 1)} or more.')
 
 
 def past(start, count, capacity):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qat.core import qarray
-from qat.kernels import block_scaled, encode, float8, integer, matmul, prepared
+from qat.kernels import block_scaled, encode, float8, integer, matmul, matmul_xla, prepared
 from qat.nn import layouts, weights
 from qat.quantizers import base, ste
 
@@ -58,6 +58,22 @@ def _code_product_jvp(primals, tangents):
   (x_hat, w_hat, x, w), (dx, dw, *_) = primals, tangents
   tangent = float_product(dx, w_hat) + float_product(x_hat, dw)
   return code_product(x_hat, w_hat, x, w), tangent
+
+
+@jax.custom_vjp
+def prepared_product(x_hat, x, w):
+  """The product of a QArray and a Prepared, with the gradient of x_hat @ decode(w)."""
+  del x_hat
+  return matmul.matmul(x, w)
+
+
+def _prepared_product_backward(kept, dy):
+  x_hat, w = kept
+  dx = matmul_xla.transposed(dy, matmul.decode(w, dy.dtype))
+  return dx.astype(x_hat.dtype), None, None
+
+
+prepared_product.defvjp(lambda x_hat, x, w: (prepared_product(x_hat, x, w), (x_hat, w)), _prepared_product_backward)
 
 
 def float_product(x, w, precision=None):
@@ -123,9 +139,10 @@ def _codes_by_codes(quantizers, x, w, weight, variable):
     return None
   w_codes = weight.encode(variable)
   if isinstance(w_codes, prepared.Prepared):
-    x_codes = quantizers.place(x, lambda x: _encoded(quantizers.input, x))
+    x_hat = quantizers.place(x, quantizers.input)
+    x_codes = _encoded(quantizers.input, jax.lax.stop_gradient(x))
     takes = matmul.explain(x_codes, w_codes)[w_codes.target] is None
-    return matmul.matmul(x_codes if takes else qarray.decode(x_codes, x.dtype), w_codes)
+    return prepared_product(x_hat, x_codes, w_codes) if takes else matmul.matmul(x_hat, w_codes)
   x_hat, x_codes = quantizers.place(x, quantizers.input.both)
   if quantizers.compute == 'float' or _kind(x_codes, w_codes, _kinds()) is None:
     return None

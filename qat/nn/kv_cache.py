@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from qat.kernels import attention, tokens
+from qat.quantizers import base
 
 
 class CodeCache(nnx.Module):
   """Keys and values of one attention layer in codes, for the Decoder in models/decoder.py.
 
+  It is for serving, and passes no gradient to keys and values. One token attends in float32, whatever the dtype of the
+  model: in bfloat16 that is near, and not equal, to a forward of all tokens at once.
+
   Attributes:
     keys, values: Tokens[b * kv_heads, capacity, d].
-    length: i32[], how many tokens are held.
+    length: i32[], how many tokens are held. Set to 0, it begins another text.
   """
 
   def __init__(self, scores, batch, capacity, kv_heads, head_dim, dtype):
@@ -57,6 +61,7 @@ class CodeCache(nnx.Module):
 def in_codes(scores, batch, capacity, kv_heads, head_dim, dtype):
   """A CodeCache, or None where the grid of keys or of values has not one scale a token."""
   shape = (batch * kv_heads, capacity, head_dim)
-  if any(q is None or tokens.unsupported(q.spec, shape) for q in (scores.key, scores.value)):
+  quantizers = scores.key, scores.value
+  if any(not isinstance(q, base.Quantizer) or tokens.unsupported(q.spec, shape) for q in quantizers):
     return None
   return CodeCache(scores, batch, capacity, kv_heads, head_dim, dtype)

@@ -51,7 +51,7 @@ def _prepared(layer, name, variable, target):
     for inputs in ([] if quantizers.input is None else [quantizers.input.spec]) + [None]:
       x = _example(q.shape[0], inputs, target)
       here = target == jax.default_backend()                             # Of a device that is not here, all is run.
-      if matmul.explain(x, q)[target] is None and not (here and matmul.unavailable(target, x)):
+      if matmul.explain(x, q)[target] is None and not (here and matmul.unavailable(target, x, q)):
         return weights.Codes(matmul.prepare(q, target, inputs))
   return weights.Decoded(weight.decode(variable)) if target == 'cpu' else None
 

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import autotune, kernel_peers, kernels, kernels_page
+from benchmarks import autotune, cpu_decode, kernel_peers, kernels, kernels_page
 
 
 @pytest.fixture
@@ -119,6 +119,12 @@ def test_the_page_shows_peers_and_what_was_not_timed(tmp_path, monkeypatch):
   page = kernels_page.timed_tables()
   assert '| int4 g128 | 1 | 8 x 8 | 2.0 | 3.00 | torch 1.50 | 50 % | 0 % |' in page
   assert '| torch W8A8 | 1, 8 | more than 16 rows |' in page
+
+
+def test_the_table_of_tokens_has_what_its_benchmark_times():
+  found = json.loads((kernels_page.RESULTS / 'cpu_decode.json').read_text())
+  forms = [cpu_decode.FLOAT, *(f'{name}, {form}' for name in cpu_decode.RECIPES for form in ('prepared', 'as it is'))]
+  assert [row['model'] for row in found['rows']] == forms
 
 
 def test_every_case_has_a_budget():

@@ -10,7 +10,7 @@ import pytest
 
 import qat
 from qat.core import qarray, specs
-from qat.kernels import block_scaled, matmul
+from qat.kernels import block_scaled, matmul, prepared
 from qat.nn import dot, recipes
 from qat.quantizers import ste
 
@@ -142,6 +142,15 @@ def test_the_layout_is_of_the_device_or_of_the_weight(on_blackwell):
   np.testing.assert_allclose(matmul.matmul(x, w, implementation='gpu'), block_scaled.matmul(x, w), atol=1e-6)
   with pytest.raises(NotImplementedError, match='the kernels are for 9.0'):
     matmul.matmul(jnp.ones((2, 64), jnp.bfloat16), w, implementation='gpu')
+
+
+def test_a_layout_of_hopper_is_refused_there(on_blackwell, monkeypatch):
+  monkeypatch.setattr(matmul.scaled_matmul_gpu, 'unsupported', lambda x, w: None)
+  p = prepared.Prepared({'codes': jnp.zeros((24, 64), jnp.int8)}, specs.integer(8, specs.CHANNEL), (64, 24),
+                        matmul.scaled_matmul_gpu.LAYOUT)
+  x = qarray.encode(jnp.ones((2, 64)), specs.integer(8, specs.TOKEN))
+  with pytest.raises(NotImplementedError, match='the kernels are for 9.0'):
+    matmul.choose(x, p, 'gpu')
 
 
 def test_other_devices_have_none():

@@ -55,6 +55,8 @@ def test_rows_are_encoded_and_rotated_in_any_shape(monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, encode.encode(x, spec), jax.jit(lambda x: qarray.encode(x, spec))(x))
   signs = jax.random.rademacher(jax.random.key(1), (256,), jnp.int8)
   np.testing.assert_allclose(hadamard.transform(x, signs), definition.transform(x, signs), atol=1e-5)
+  slope = lambda f: jax.grad(lambda x: jnp.sin(f(x, signs)).sum())(x)
+  np.testing.assert_allclose(slope(hadamard.transform), slope(definition.transform), atol=1e-5)
 
 
 def test_a_cpu_has_none():

@@ -44,6 +44,8 @@ def test_tokens_are_drawn_by_their_probabilities():
   p = jax.nn.softmax(forward(model, TOKENS[:1])[0, -1] / 2)
   np.testing.assert_array_less(np.abs(np.bincount(y[:, 0], minlength=11) / 1200 - p), 4 * np.sqrt(p * (1 - p) / 1200))
   np.testing.assert_array_equal(y, generate.generate(model, text, 2, temperature=2.0, key=jax.random.key(3)))
+  cold = generate.generate(model, text, 2, temperature=1e-40, key=jax.random.key(3))
+  assert (cold == generate.generate(model, TOKENS[:1], 2)).all()
 
 
 def test_what_cannot_be_written_says_why(model):
@@ -51,20 +53,29 @@ def test_what_cannot_be_written_says_why(model):
     generate.generate(model, TOKENS, 8)
   with pytest.raises(ValueError, match='one or more are written'):
     generate.generate(model, TOKENS, 0)
-  with pytest.raises(ValueError, match='rows are .b, t.'):
+  with pytest.raises(ValueError, match='rows are whole numbers .b, t.'):
     generate.generate(model, TOKENS[0], 2)
   with pytest.raises(TypeError, match='a Linear, which has no caches'):
     generate.generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TOKENS, 2)
-  with pytest.raises(ValueError, match='Give key='):
-    generate.generate(model, TOKENS, 2, temperature=1.0)
-  with pytest.raises(ValueError, match=r'model.caches\(2, capacity\), with 9 tokens or more'):
+  for temperature in (1.0, float('nan'), -1.0):
+    with pytest.raises(ValueError, match='Give key='):
+      generate.generate(model, TOKENS, 2, temperature=temperature)
+  for bad in (TOKENS + 3, TOKENS - 1):
+    with pytest.raises(ValueError, match='the model has 11, from 0 on'):
+      generate.generate(model, bad, 2)
+  with pytest.raises(ValueError, match='with 0 caches'):
+    model(TOKENS, [])
+  with pytest.raises(ValueError, match=r'model.caches\(2, capacity\), with a capacity of 9'):
     model(TOKENS, model.caches(2, 8))
-  with pytest.raises(ValueError, match='2 caches of 1 rows and 16 tokens'):
+  with pytest.raises(ValueError, match=r'2 caches of \(rows, tokens\) .\(1, 16\).'):
     model(TOKENS, model.caches(1, 16))
 
 
-def test_a_full_cache_shows(model):
+def test_a_full_cache_shows_and_begins_another_text(model):
   caches = model.caches(2, 8)
-  assert jnp.isfinite(read(model, caches, TOKENS[:, :7])).all()
+  first = read(model, caches, TOKENS[:, :7])
   assert jnp.isfinite(read(model, caches, TOKENS[:, 7:8])).all()
   assert jnp.isnan(read(model, caches, TOKENS[:, 8:9])).all()
+  for cache in caches:
+    cache.length[...] = jnp.int32(0)
+  np.testing.assert_array_equal(read(model, caches, TOKENS[:, :7]), first)

@@ -76,6 +76,12 @@ def test_a_scale_for_all_tokens_leaves_the_cache_in_floats():
   assert all(isinstance(c, float_cache.Cache) for c in caches)
 
 
+def test_a_model_that_rounds_by_chance_writes():
+  floats = decoder.llama(nnx.Rngs(0), vocab_size=11, context_length=16, width=16, layers=1, heads=2)
+  quantized = qat.quantize(floats, recipes.get('w4a8_stochastic'))
+  assert generate.generate(quantized, TOKENS, 3).shape == (2, 3)
+
+
 def test_a_prepared_model_writes_what_it_scores_highest():
   frozen = model('w8a8_kv8')
   y = generate.generate(qat.prepare(frozen), TOKENS, 6)

@@ -117,6 +117,17 @@ def test_inputs_are_turned_and_encoded_by_kernels(monkeypatch):
   assert re.findall('name=(hadamard|encode|matmul_int8)', program) == ['hadamard', 'encode', 'matmul_int8']
 
 
+@kernel
+def test_gradients_are_those_of_the_frozen_model():
+  """Of the inputs, through products of codes: what adapters below a prepared layer learn from."""
+  model = frozen(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), 'weights and inputs')
+  served = qat.prepare(model, 'cpu')
+  assert isinstance(vars(served)['kernel'].get_value(), prepared.Prepared)
+  x = jax.random.normal(jax.random.key(0), (8, 64))
+  slope = nnx.jit(nnx.grad(lambda model, x: jnp.sin(model(x)).sum(), argnums=1))
+  np.testing.assert_allclose(slope(served, x), slope(model, x), atol=1e-5)
+
+
 def test_a_gpu_without_kernels_keeps_the_codes(monkeypatch):
   layer = frozen(nnx.Linear(256, 128, rngs=nnx.Rngs(0)), 'weights')
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
