@@ -46,7 +46,7 @@ def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _decode(query, keys, values, length, interpret):
-  keys, values, (h, g, d), t = keys.first(length), values.first(length), query.shape, keys.shape[1]
+  (h, g, d), t = query.shape, keys.shape[1]
   scores_in_base_2 = d**-0.5 * math.log2(math.e)
   q = jnp.pad((query.astype(jnp.float32) * scores_in_base_2).astype(jnp.bfloat16), ((0, 0), (0, ROWS - g), (0, 0)))
   mask = jnp.where(jnp.arange(t)[None] < length, 0.0, MASKED).astype(jnp.float32)

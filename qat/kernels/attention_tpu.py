@@ -36,7 +36,7 @@ def decode(query: Float[Array, 'h g d'], keys, values, length, interpret=False) 
   """attention_xla.decode(query, keys, values, length)."""
   if why := unsupported(query, keys, values):
     raise NotImplementedError(f'Attention over a cache in codes by the TPU kernel: {why}. Use attention_xla.decode.')
-  keys, values, (h, g, d), t = keys.first(length), values.first(length), query.shape, keys.shape[1]
+  (h, g, d), t = query.shape, keys.shape[1]
   run = next(r for r in (TOKENS, 256, LANES) if t % r == 0)
   group = -(-g // 16) * 16                                               # A tile of bfloat16.
   q = (query.astype(jnp.float32) * jnp.float32(d**-0.5)).astype(jnp.bfloat16)

@@ -31,14 +31,14 @@ def decode(query: Float[Array, 'h g d'], keys: tokens.Tokens, values: tokens.Tok
   Args:
     query: [kv_heads, group, d]: the heads that share keys and values are a group.
     keys, values: Tokens[kv_heads, t, d], of tokens.of.
-    length: i32[], how many tokens the cache holds, 1 or more.
+    length: i32[], how many tokens the cache holds, 1 or more. What is stored beyond has no weight, but must be finite.
 
   Returns:
     [kv_heads, group, d], in the dtype of the query.
   """
   if why := unsupported(query, keys, values):
     raise ValueError(f'Attention over a cache in codes: {why}. Give the Tokens of a QArray[kv_heads, t, d].')
-  keys, values, (t, d) = keys.first(length), values.first(length), keys.shape[1:]
+  t, d = keys.shape[1:]
   high = dict(precision=jax.lax.Precision.HIGHEST)
   q = query.astype(jnp.float32) * jnp.float32(d**-0.5)
   scores = jnp.einsum('hgd,htd->hgt', q, keys.format.decode(keys.codes), **high) * keys.scale

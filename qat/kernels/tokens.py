@@ -33,11 +33,6 @@ class Tokens:
 
   shape = property(lambda self: self.codes.shape)
 
-  def first(self, length):
-    """With scales and zeros of 0 from token `length` on: what an older text left there counts for nothing."""
-    row = lambda a: None if a is None else jnp.where(jnp.arange(self.shape[1]) < length, a, 0)
-    return dataclasses.replace(self, scale=row(self.scale), zero=row(self.zero))
-
   @property
   def offset(self):
     """What is added to codes * scale: f32[h, 1, t], or None."""

@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
           config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
   def caches(self, batch, capacity):
-    """An empty cache for each block, of `capacity` tokens in each of `batch` rows."""
+    """An empty cache for each block, of `capacity` tokens in each of `batch` rows: for one text a row."""
     return nnx.List([block.attention.cache(batch, capacity) for block in self.blocks])
 
   def __call__(self, tokens, caches=None):

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 
 
 class Cache(nnx.Module):
-  """Keys and values of one attention layer, in floats.
+  """Keys and values of one attention layer, in floats. Each text has a new one.
 
   An attention function whose `cache(batch, capacity, kv_heads, head_dim, dtype)` returns another one has that in its
   place; it has the same `batch`, `capacity`, `length` and `attend`.
 
   Attributes:
     keys, values: float[b, capacity, kv_heads, d].
-    length: i32[], how many tokens are held. Set to 0, it begins another text.
+    length: i32[], how many tokens are held.
   """
 
   def __init__(self, batch, capacity, kv_heads, head_dim, dtype):
@@ -36,9 +36,7 @@ class Cache(nnx.Module):
     for held, new in ((self.keys, key), (self.values, value)):
       held[...] = jax.lax.dynamic_update_slice_in_dim(held[...], new.astype(held.dtype), start, axis=1)
     self.length[...] = start + t
-    is_held = (jnp.arange(self.capacity) < start + t)[None, :, None, None]
-    keys, values = (jnp.where(is_held, a[...], 0) for a in (self.keys, self.values))  # No range is of an older text.
-    return attention_fn(query, keys, values, mask=past(start, t, self.capacity))
+    return attention_fn(query, self.keys[...], self.values[...], mask=past(start, t, self.capacity))
 
 
 def make(attention_fn, *sizes):

@@ -11,14 +11,15 @@ from qat.quantizers import base
 
 
 class CodeCache(nnx.Module):
-  """Keys and values of one attention layer in codes, for the Decoder in models/decoder.py.
+  """Keys and values of one attention layer in codes, for the Decoder in models/decoder.py. Each text has a new
+  one.
 
   It is for serving, and passes no gradient to keys and values. One token attends in float32, whatever the dtype of the
   model: in bfloat16 that is near, and not equal, to a forward of all tokens at once.
 
   Attributes:
     keys, values: Tokens[b * kv_heads, capacity, d].
-    length: i32[], how many tokens are held. Set to 0, it begins another text.
+    length: i32[], how many tokens are held.
   """
 
   def __init__(self, scores, batch, capacity, kv_heads, head_dim, dtype):

@@ -1,8 +1,5 @@
 """The TPU's rotation, encoding and attention equal their definitions, run by the interpreter."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,15 +65,6 @@ def test_attention_over_codes(spec):
     np.testing.assert_allclose(attention_xla.decode(query, keys, values, length), expected, atol=1e-5)
     found = attention_tpu.decode(query, keys, values, jnp.int32(length), interpret=True)
     np.testing.assert_allclose(found, expected, atol=0.03)                # The query and probabilities in bfloat16.
-
-
-def test_what_lies_beyond_the_length_counts_for_nothing():
-  cleared, (keys, values) = cache(specs.affine(8, specs.TOKEN)), cache(specs.affine(8, specs.TOKEN))
-  for attend in (attention_xla.decode, functools.partial(attention_tpu.decode, interpret=True)):
-    clean = attend(normal(2, 4, 128), *cleared, jnp.int32(300))
-    spoilt = [dataclasses.replace(a, scale=a.scale.at[..., 300:].set(jnp.nan), zero=a.zero.at[..., 300:].set(jnp.nan))
-              for a in (keys, values)]
-    np.testing.assert_array_equal(attend(normal(2, 4, 128), *spoilt, jnp.int32(300)), clean)
 
 
 def test_attention_says_what_it_cannot():

@@ -71,11 +71,8 @@ def test_what_cannot_be_written_says_why(model):
     model(TOKENS, model.caches(1, 16))
 
 
-def test_a_full_cache_shows_and_begins_another_text(model):
+def test_a_full_cache_shows(model):
   caches = model.caches(2, 8)
-  first = read(model, caches, TOKENS[:, :7])
+  assert jnp.isfinite(read(model, caches, TOKENS[:, :7])).all()
   assert jnp.isfinite(read(model, caches, TOKENS[:, 7:8])).all()
   assert jnp.isnan(read(model, caches, TOKENS[:, 8:9])).all()
-  for cache in caches:
-    cache.length[...] = jnp.int32(0)
-  np.testing.assert_array_equal(read(model, caches, TOKENS[:, :7]), first)
