@@ -110,8 +110,8 @@ def _kernel(splits, steps, interpreted, query, query_sums, *refs):
   def step(_, keys, values, *rows_and_carry):
     *rows, carry = rows_and_carry
     key_scale, value_scale, *offsets, mask = (row.at[0, own] for row in rows)
-    tokens = Tokens(keys.at[own], values.at[own], key_scale, value_scale, *(offsets or (None, None)), mask)
-    carry = _step((q, query_sums.at[head]), tokens, [b.at[warpgroup] for b in buffers], carry)
+    run_of_64 = Step(keys.at[own], values.at[own], key_scale, value_scale, *(offsets or (None, None)), mask)
+    carry = _step((q, query_sums.at[head]), run_of_64, [b.at[warpgroup] for b in buffers], carry)
     if interpreted:
       pipeline_gpu.interpreted_reads_are_done()
     return carry
@@ -125,7 +125,7 @@ def _kernel(splits, steps, interpreted, query, query_sums, *refs):
       in_specs=[tile(cache[0]), tile(cache[1]), *[row(head)] * (len(cache) - 3), row(0)])(*cache)
 
 
-class Tokens(NamedTuple):
+class Step(NamedTuple):
   """References to the 64 tokens of a step: codes [tokens, d], and f32[tokens]."""
   keys: Any
   values: Any

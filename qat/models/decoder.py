@@ -137,13 +137,14 @@ class SelfAttention(nnx.Module):
     v = split(self.v(x), self.config.kv_heads)  # [b, t, kv, d]
     if self.config.qk_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
+    positions = jnp.arange(t) if cache is None else cache.length[...] + jnp.arange(t)
     if self.config.rope is not None:
-      positions = jnp.arange(t) if cache is None else cache.length[...] + jnp.arange(t)
       q, k = (self.config.rope(y, positions) for y in (q, k))
-    if cache is not None:
-      return self.o(cache.attend(self.attention_fn, q, k, v).reshape(b, t, -1))
-    past = jnp.tril(jnp.ones((1, 1, t, t), bool))
-    return self.o(self.attention_fn(q, k, v, mask=past).reshape(b, t, -1))
+    if cache is None:
+      past = jnp.tril(jnp.ones((1, 1, t, t), bool))
+      return self.o(self.attention_fn(q, k, v, mask=past).reshape(b, t, -1))
+    past = (jnp.arange(cache.capacity)[None, :] <= positions[:, None])[None, None]  # [1, 1, t, capacity]
+    return self.o(cache.attend(self.attention_fn, q, k, v, past).reshape(b, t, -1))
 
 
 class Block(nnx.Module):

@@ -21,22 +21,23 @@ class Cache(nnx.Module):
     self.keys, self.values = (nnx.Cache(jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)) for _ in range(2))
     self.length = nnx.Cache(jnp.int32(0))
 
-  def attend(self, attention_fn, query, key, value):
+  def attend(self, attention_fn, query, key, value, mask):
     """Takes up t tokens, and attends from each to all up to it.
 
     Args:
       attention_fn: as nnx.dot_product_attention.
       query: [b, t, heads, d].
       key, value: [b, t, kv_heads, d]. There must be room for them.
+      mask: bool[1, 1, t, capacity], which tokens each of the t sees.
 
     Returns:
       [b, t, heads, d].
     """
-    t, start = query.shape[1], self.length[...]
+    start = self.length[...]
     for held, new in ((self.keys, key), (self.values, value)):
       held[...] = jax.lax.dynamic_update_slice_in_dim(held[...], new.astype(held.dtype), start, axis=1)
-    self.length[...] = start + t
-    return attention_fn(query, self.keys[...], self.values[...], mask=past(start, t, self.capacity))
+    self.length[...] = start + query.shape[1]
+    return attention_fn(query, self.keys[...], self.values[...], mask=mask)
 
 
 def make(attention_fn, *sizes):
@@ -53,8 +54,3 @@ def check(caches, layers, shape):
     raise ValueError(f'Decoder of {layers} layers, called on tokens of shape {shape} with {len(caches)} caches of '
                      f'(rows, tokens) {sizes}: there is no room, or no token. Make caches for one token or more: '
                      f'model.caches({b}, capacity), with a capacity of {max(t, 1)} or more.')
-
-
-def past(start, count, capacity):
-  """Which tokens each of `count` from `start` on sees, itself and those before: bool[1, 1, count, capacity]."""
-  return (jnp.arange(capacity)[None, :] <= start + jnp.arange(count)[:, None])[None, None]

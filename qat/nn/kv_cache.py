@@ -31,19 +31,20 @@ class CodeCache(nnx.Module):
     self.keys, self.values = empty(scores.key), empty(scores.value)
     self.length = nnx.Cache(jnp.int32(0))
 
-  def attend(self, attention_fn, query, key, value):
+  def attend(self, attention_fn, query, key, value, mask):
     """Takes up t tokens, and attends from each to all up to it: [b, t, heads, d].
 
     Args:
       attention_fn: attention.Scores, or what changes the operands of one.
       query: [b, t, heads, d].
       key, value: [b, t, kv_heads, d]. There must be room for them.
+      mask: bool[1, 1, t, capacity], which tokens each of the t sees.
     """
     if hasattr(attention_fn, 'around'):
-      return attention_fn.around(functools.partial(self._attend, attention_fn.attend))(query, key, value)
-    return self._attend(attention_fn, query, key, value)
+      return attention_fn.around(functools.partial(self._attend, attention_fn.attend))(query, key, value, mask)
+    return self._attend(attention_fn, query, key, value, mask)
 
-  def _attend(self, scores, query, key, value):
+  def _attend(self, scores, query, key, value, mask):
     (b, t, heads, d), start = query.shape, self.length[...]
     held = []
     for cache, quantizer, new in ((self.keys, scores.key, key), (self.values, scores.value, value)):
@@ -55,8 +56,7 @@ class CodeCache(nnx.Module):
       y = attention.decode(query.reshape(held[0].shape[0], -1, d), *held, start + 1)
       return y.reshape(b, 1, heads, d)
     keys, values = (jnp.swapaxes(tokens.decode(a).reshape(b, -1, self.capacity, d), 1, 2) for a in held)
-    before = jnp.arange(self.capacity)[None, :] <= start + jnp.arange(t)[:, None]
-    return scores.over(query, keys.astype(query.dtype), values.astype(query.dtype), mask=before[None, None])
+    return scores.over(query, keys.astype(query.dtype), values.astype(query.dtype), mask=mask)
 
 
 def in_codes(scores, batch, capacity, kv_heads, head_dim, dtype):
