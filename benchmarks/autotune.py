@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.table
 
-from benchmarks import kernels
+from benchmarks import kernels, products
 from qat.core import qarray, specs
 from qat.kernels import matmul_gpu, matmul_tpu, static_gpu, static_tpu, tiles_gpu, tuned
 
@@ -88,10 +88,10 @@ def tune(weight, rows, k, n, shortlist):
   target, device = jax.default_backend(), jax.devices()[0].device_kind
   module, _ = MODULES[target]
   x = jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16)
-  ws = [module.prepare(w) for w in kernels.weights(k, n, WEIGHTS[weight])]
+  ws = [module.prepare(w) for w in products.weights(k, n, WEIGHTS[weight])]
   first, *others = CANDIDATES[target](rows, ws[0])
   others = [module.Tiles(**tiles) for tiles in shortlist] or others
-  timed = {tiles: kernels.Timed(lambda x, w, t=tiles: module.matmul(x, w, t), x, ws)
+  timed = {tiles: products.Timed(lambda x, w, t=tiles: module.matmul(x, w, t), x, ws)
            for tiles in [first, *others][:TIMED]}
   took = {tiles: [] for tiles in timed}
   for _ in range(ROUNDS):

@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks import kernels
+from benchmarks import products
 from qat.core import qarray
 from qat.kernels import groups
 
@@ -22,11 +22,11 @@ TORCH_DEVICES = {'gpu': 'cuda', 'cpu': 'cpu'}  # jax's default backend -> PyTorc
 
 
 def candidates(rows, k, n):
-  """name -> kernels.Timed of each peer that is right, ready to be timed, and why the others are not there."""
+  """name -> Timed of each peer that is right, ready to be timed, and why the others are not there."""
   found, refused = {}, {}
   for name, make in PEERS.items():
     try:
-      right, wrong = kernels.checked({name: make(rows, k, n)})
+      right, wrong = products.checked({name: make(rows, k, n)})
     except ImportError as why:
       right, wrong = {}, {name: f"{why}: pip install '.[peers]' has it"}
     except Exception as why:  # Of another's package: whatever it raises is why there is no time of it.
@@ -53,18 +53,18 @@ def _tokamax(name, rows, k, n):
     w = qwix.QArray(held[0].mT, held[1])
     return tokamax.ragged_dot(x, w, jnp.array([rows], jnp.int32), preferred_element_type=x.dtype,
                               implementation=implementation)
-  ws = kernels.weights(k, n, kernels.WEIGHTS[name])
-  return kernels.Timed(product, kernels.inputs(rows, k), [jax.jit(hold)(w) for w in ws], ws[0])
+  ws = products.weights(k, n, products.WEIGHTS[name])
+  return products.Timed(product, products.inputs(rows, k), [jax.jit(hold)(w) for w in ws], ws[0])
 
 
-class Torch(kernels.Timed):
+class Torch(products.Timed):
   """A product of PyTorch's tensors, which `hold` makes of an array or a QArray."""
   base = 'torch bfloat16'
 
-  def __init__(self, product, hold, spec, shape, most_error=kernels.MOST_ERROR):
+  def __init__(self, product, hold, spec, shape, most_error=products.MOST_ERROR):
     rows, k, n = shape
-    ws = kernels.weights(k, n, spec)
-    super().__init__(product, kernels.inputs(rows, k), [hold(w) for w in ws], ws[0], most_error)
+    ws = products.weights(k, n, spec)
+    super().__init__(product, products.inputs(rows, k), [hold(w) for w in ws], ws[0], most_error)
     self.operand = _tensor(self.x)
 
   def first(self):
@@ -128,7 +128,7 @@ def _torch_bfloat16(*shape):
 def _torch_int4(name, *shape):
   """_weight_int4pack_mm, which reads w = (codes - 8) scale + zero in bfloat16, packed for its device."""
   import torch
-  spec = kernels.WEIGHTS[name]
+  spec = products.WEIGHTS[name]
   group = spec.block[0]
 
   def hold(q):
@@ -156,7 +156,7 @@ def _torch_int8(name, *shape):
     return (torch._int_mm(rounded, codes).float() * step * scale).to(x.dtype)
 
   hold = lambda q: (_tensor(q.codes.T).T, _tensor(qarray.decode(q.scale)))  # Columns are contiguous, as it wants.
-  return Torch(product, hold, kernels.CODES[name][1], shape, kernels.CODES_ERROR)
+  return Torch(product, hold, products.CODES[name][1], shape, products.CODES_ERROR)
 
 
 def _bitsandbytes(name, *shape):
@@ -164,7 +164,7 @@ def _bitsandbytes(name, *shape):
   from bitsandbytes import functional
   import bitsandbytes
   import torch
-  spec, (_, k, n) = kernels.WEIGHTS[name], shape
+  spec, (_, k, n) = products.WEIGHTS[name], shape
   size = spec.block.size
 
   def hold(q):

@@ -11,131 +11,45 @@ definition: a wrong one is not timed.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import rich.console
 import rich.table
 
-from qat.core import formats, qarray, specs
-from qat.kernels import matmul, matmul_xla, prepared
+from benchmarks import kernel_peers, products
+from qat.core import qarray
+from qat.kernels import matmul, matmul_xla
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336), (8192, 28672))
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
-WEIGHTS = {
-    'int4 g128': specs.integer(4, (128, 1)), 'NF4 g64': specs.kernel(specs.NF4), 'MXFP4': specs.kernel(specs.MXFP4),
-    'int8': specs.integer(8, specs.CHANNEL)}
-CODES = {'W8A8': (specs.integer(8, specs.TOKEN), specs.integer(8, specs.CHANNEL)),
-         'FP8': tuple(qarray.Spec(formats.FP8_E4M3, block) for block in (specs.TOKEN, specs.CHANNEL))}
-CACHE_BYTES = 2**28  # Weights that are read in turn take at least this much together.
-MOST_ERROR = 2.0**-6  # Of a product, over the largest number in it.
-CODES_ERROR = 16 * MOST_ERROR  # Where inputs are rounded too.
-
-
-def weights(k, n, spec):
-  """Copies of one weight, in codes (or bfloat16 where `spec` is None), made on the device."""
-  def make(seed):
-    w = jax.random.normal(jax.random.key(seed), (k, n), jnp.bfloat16)
-    return w if spec is None else qarray.encode(w.astype(jnp.float32), spec)
-  bits = 16 if spec is None else spec.format.bits
-  copies = min(max(2, CACHE_BYTES * 8 // (k * n * bits)), 64)
-  return [jax.jit(make)(i) for i in range(copies)]
-
-
-def inputs(rows, k):
-  return jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16)
-
-
-def loop(product, count):
-  """A program that multiplies `count` times by each weight, every input made from the output before."""
-  def run(x, ws):
-    def turn(_, x):
-      for w in ws:
-        y = product(x, w)
-        x = jnp.where(y[:1, :1] > jnp.inf, jnp.zeros_like(x), x)         # Never; the compiler does not know.
-      return x
-    return jax.lax.fori_loop(0, count, turn, x)
-  return jax.jit(run)
-
-
-def seconds(run, *args):
-  start = time.perf_counter()
-  jax.block_until_ready(run(*args))
-  return time.perf_counter() - start
-
-
-class Timed:
-  """A product by each of several weights in turn, what defines it, and what it takes.
-
-  Attributes:
-    base: the name of the product that its time is a ratio to.
-    w: what `ws` begins with, decoded or in codes of ours: x @ decode(w) is the definition.
-  """
-  base = 'bfloat16'
-  run = None
-
-  def __init__(self, product, x, ws, w=None, most_error=MOST_ERROR):
-    self.product, self.x, self.ws, self.most_error = product, x, ws, most_error
-    self.w = ws[0] if w is None else w
-
-  def error(self):
-    """How far the product is off what defines it, over the largest number in that."""
-    w = self.w if isinstance(self.w, jax.Array) else matmul.decode(self.w, jnp.bfloat16)
-    expected = jnp.dot(self.x, w, preferred_element_type=jnp.float32)
-    return float(jnp.max(jnp.abs(self.first() - expected)) / jnp.max(jnp.abs(expected)))
-
-  def first(self):
-    """The product by the first weight: f32[m, n]."""
-    return jax.jit(self.product)(self.x, self.ws[0]).astype(jnp.float32)
-
-  def timer(self, count):
-    """A function that multiplies `count` times by each weight, and gives the seconds that it took."""
-    return functools.partial(seconds, loop(self.product, count), self.x, self.ws)
-
-  def weight_bytes(self):
-    return sum(a.size * prepared.bits(a.dtype) for a in jax.tree.leaves(self.ws[0])) / 8
-
-  def start(self, target_seconds=0.05):
-    """Compiles a loop that takes about so long."""
-    once = self.timer(1)
-    once()
-    count = max(1, int(target_seconds / max(once(), 1e-6)))
-    self.run, self.products = self.timer(count), count * len(self.ws)
-    self.run()
-
-  def __call__(self):
-    """Seconds of one product."""
-    if self.run is None:
-      self.start()
-    return self.run() / self.products
 
 
 def candidates(rows, k, n):
   """name -> Timed of one shape; what cannot run says why."""
-  x = inputs(rows, k)
-  found, refused = {'bfloat16': Timed(jnp.dot, x, weights(k, n, None))}, {}
-  for name, spec in WEIGHTS.items():
-    ws = weights(k, n, spec)
-    found[f'{name}, XLA'] = Timed(matmul_xla.best, x, ws)
+  x = products.inputs(rows, k)
+  found, refused = {'bfloat16': products.Timed(jnp.dot, x, products.weights(k, n, None))}, {}
+  for name, spec in products.WEIGHTS.items():
+    ws = products.weights(k, n, spec)
+    found[f'{name}, XLA'] = products.Timed(matmul_xla.best, x, ws)
     if why := _unsupported(x, ws[0]):
       refused[name] = why
     else:
-      found[name] = Timed(matmul.matmul, x, [matmul.prepare(w) for w in ws])
-  for name, (of_x, of_w) in CODES.items():
+      found[name] = products.Timed(matmul.matmul, x, [matmul.prepare(w) for w in ws])
+  for name, (of_x, of_w) in products.CODES.items():
     codes = qarray.encode(x.astype(jnp.float32), of_x)
-    ws = weights(k, n, of_w)
-    found[f'{name}, XLA'] = Timed(_codes(matmul_xla.codes_by_codes, of_x), x, ws, most_error=CODES_ERROR)
+    ws = products.weights(k, n, of_w)
+    xla = _codes(matmul_xla.codes_by_codes, of_x)
+    found[f'{name}, XLA'] = products.Timed(xla, x, ws, most_error=products.CODES_ERROR)
     if why := _unsupported(codes, ws[0]):
       refused[name] = why
     else:
       ws = [matmul.prepare(w, inputs=of_x) for w in ws]
-      found[name] = Timed(_codes(matmul.matmul, of_x), x, ws, most_error=CODES_ERROR)
+      found[name] = products.Timed(_codes(matmul.matmul, of_x), x, ws, most_error=products.CODES_ERROR)
   return found, refused
 
 
@@ -150,23 +64,10 @@ def _codes(product, spec):
   return lambda x, w: product(qarray.encode(x.astype(jnp.float32), spec), w)
 
 
-def checked(found):
-  """Those that give what the definition gives, ready to be timed, and what is wrong with the others."""
-  right, wrong = {}, {}
-  for name, timed in found.items():
-    if (error := timed.error()) < timed.most_error:
-      timed.start()
-      right[name] = timed
-    else:
-      wrong[name] = f'error {error:.3g}'
-  return right, wrong
-
-
 def measure(rows, k, n, rounds, roofline):
   """The rows of the table of one shape."""
-  from benchmarks import kernel_peers  # It imports this file.
   found, refused = candidates(rows, k, n)
-  found, wrong = checked(found)
+  found, wrong = products.checked(found)
   peers, missing = kernel_peers.candidates(rows, k, n)
   found |= peers
   took = {name: [] for name in found}
@@ -198,7 +99,7 @@ def measure_roofline(size=8192, copied=2**29):
   copy = jax.jit(lambda a: jax.lax.fori_loop(0, 20, lambda _, a: a + 1, a))
   x = jnp.ones((size, size), jnp.bfloat16)
   product = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: (y @ x).astype(x.dtype), x))
-  best = lambda f, a: min(seconds(f, a) for _ in range(4))
+  best = lambda f, a: min(products.seconds(f, a) for _ in range(4))
   return dict(bytes_per_second=20 * 2 * copied / best(copy, a), flops_per_second=20 * 2 * size**3 / best(product, x))
 
 

@@ -7,13 +7,13 @@ import sys
 import jax
 import pytest
 
-from benchmarks import autotune, cpu_decode, kernel_peers, kernels, kernels_page
+from benchmarks import autotune, cpu_decode, kernel_peers, kernels, kernels_page, products
 
 
 @pytest.fixture
 def two_copies(monkeypatch):
   """Of each weight, which is all that a test needs."""
-  monkeypatch.setattr(kernels, 'CACHE_BYTES', 0)
+  monkeypatch.setattr(products, 'CACHE_BYTES', 0)
 
 
 def test_products_are_timed_and_what_was_not_says_why(tmp_path, monkeypatch, two_copies):
@@ -28,11 +28,11 @@ def test_products_are_timed_and_what_was_not_says_why(tmp_path, monkeypatch, two
 
 
 def test_a_wrong_product_is_not_timed():
-  x = kernels.inputs(2, 128)
-  ws = kernels.weights(128, 128, kernels.WEIGHTS['int8'])[:2]
+  x = products.inputs(2, 128)
+  ws = products.weights(128, 128, products.WEIGHTS['int8'])[:2]
   wrong = lambda x, w: 2 * kernels.matmul_xla.best(x, w)
-  right, refused = kernels.checked(
-      {'wrong': kernels.Timed(wrong, x, ws), 'right': kernels.Timed(kernels.matmul_xla.best, x, ws)})
+  right, refused = products.checked(
+      {'wrong': products.Timed(wrong, x, ws), 'right': products.Timed(kernels.matmul_xla.best, x, ws)})
   assert set(right) == {'right'} and right['right']() > 0 and 'error' in refused['wrong']
 
 
@@ -49,7 +49,7 @@ def test_a_peer_that_raises_or_is_wrong_says_so(monkeypatch, two_copies):
     raise RuntimeError(f'no kernel for {shape}\nand more')
 
   def wrong(rows, k, n):
-    return kernels.Timed(lambda x, w: 2 * (x @ w), kernels.inputs(rows, k), kernels.weights(k, n, None))
+    return products.Timed(lambda x, w: 2 * (x @ w), products.inputs(rows, k), products.weights(k, n, None))
   monkeypatch.setattr(kernel_peers, 'PEERS', {'torch a': fails, 'torch b': wrong})
   found, refused = kernel_peers.candidates(2, 128, 128)
   assert not found and refused['torch a'] == 'RuntimeError: no kernel for (2, 128, 128)'
@@ -79,8 +79,8 @@ def test_peers_give_what_the_definition_gives(name, monkeypatch, two_copies):
 @pytest.mark.filterwarnings('ignore')
 def test_ours_are_timed_over_peers(monkeypatch, two_copies):
   pytest.importorskip('torch')
-  monkeypatch.setattr(kernels, 'WEIGHTS', {})
-  monkeypatch.setattr(kernels, 'CODES', {})
+  monkeypatch.setattr(products, 'WEIGHTS', {})
+  monkeypatch.setattr(products, 'CODES', {})
   monkeypatch.setattr(kernel_peers, 'PEERS', {'torch bfloat16': kernel_peers.PEERS['torch bfloat16']})
   lines = {line['name']: line for line in kernels.measure(2, 128, 128, 3, dict(bytes_per_second=1, flops_per_second=1))}
   assert lines['torch bfloat16']['over_bfloat16'] == 1 and lines['bfloat16']['over_peers']['torch'] > 0
