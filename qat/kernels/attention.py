@@ -7,4 +7,7 @@ MODULES = {'gpu': attention_gpu, 'tpu': attention_tpu}
 
 def decode(query, keys, values, length):
   """softmax(q k^T / sqrt(d)) v over the first `length` tokens, with the arguments of attention_xla.decode."""
-  return device.module_for(MODULES, attention_xla, query, keys, values).decode(query, keys, values, length)
+  module = device.module_for(MODULES, query, keys, values)
+  if module is None:
+    return attention_xla.decode(query, keys, values, length)
+  return device.undivided(module.decode, attention_xla.decode, query, keys, values, length)

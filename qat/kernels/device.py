@@ -1,18 +1,100 @@
-"""Which kernel a device runs, where there is one for GPU and one for TPU beside XLA's form."""
+"""Where a kernel runs: on a device that has one, in a program that the compiler does not divide.
+
+XLA divides the program of jax.jit among the devices that its arrays are on after jax has lowered it, and no kernel can
+be divided: jax refuses those of GPU and TPU there. Inside jax.shard_map, or on one device, kernels run.
+"""
+
+import functools
 
 import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
 
 from qat.kernels import pipeline_gpu
 
 
-def module_for(modules, otherwise, *operands):
-  """The module of this process' default device, if its kernel takes the operands.
+def module_for(modules, *operands):
+  """The module of this process' default device, if its kernel takes the operands, or None.
 
   Args:
     modules: {'gpu': module, 'tpu': module}, each with unsupported(*operands). Those of 'gpu' are for Hopper.
-    otherwise: the module of XLA's form.
   """
   name = jax.default_backend()
   if name not in modules or (name == 'gpu' and pipeline_gpu.needs_hopper(jax.devices()[0])):
-    return otherwise
-  return otherwise if modules[name].unsupported(*operands) else modules[name]
+    return None
+  return None if modules[name].unsupported(*operands) else modules[name]
+
+
+def undivided(kernel, otherwise, *operands, static=()):
+  """kernel(*operands, *static), or otherwise(*operands, *static) in a program that XLA divides among devices.
+
+  Which, is known when the program is lowered; only that one is traced then. Differentiate around it.
+
+  Args:
+    kernel, otherwise: functions of one result in shapes and dtypes, the same objects at each call.
+    operands: pytrees of arrays.
+    static: further arguments, which are hashed.
+  """
+  leaves, tree = jax.tree.flatten(operands)
+  _, out = _results(otherwise, tree, static, (), tuple(jax.typeof(x) for x in leaves))
+  return out.unflatten(_undivided.bind(*leaves, kernel=kernel, otherwise=otherwise, tree=tree, static=static, maps=()))
+
+
+_undivided = core.Primitive('undivided')
+_undivided.multiple_results = True
+
+
+@functools.lru_cache(maxsize=1024)
+def _results(f, tree, static, maps, avals):
+  """Shapes of the results, and their tree."""
+  of = jax.eval_shape(_mapped(lambda *leaves: f(*tree.unflatten(leaves), *static), maps), *avals)
+  shapes, tree = jax.tree.flatten(of)
+  return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes], tree
+
+
+def _mapped(f, maps):
+  """f under jax.vmap over each of `maps`, the innermost first."""
+  for axes in maps:
+    f = jax.vmap(f, in_axes=axes)
+  return f
+
+
+def _flat(f, tree, static, maps):
+  return _mapped(lambda *leaves: jax.tree.leaves(f(*tree.unflatten(leaves), *static)), maps)
+
+
+@_undivided.def_abstract_eval
+def _abstract(*avals, kernel, otherwise, tree, static, maps):
+  del kernel
+  return _results(otherwise, tree, static, maps, avals)[0]
+
+
+@_undivided.def_impl
+def _run(*leaves, **params):
+  return _jitted(**params)(*leaves)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(**params):
+  return jax.jit(functools.partial(_undivided.bind, **params))
+
+
+def _lower(ctx, *values, kernel, otherwise, tree, static, maps):
+  f = otherwise if _divides(ctx.module_context.axis_context) else kernel
+  return mlir.lower_fun(_flat(f, tree, static, maps), multiple_results=True)(ctx, *values)
+
+
+def _divides(context):
+  """Whether XLA divides what is lowered in a context among devices."""
+  if isinstance(context, mlir.SPMDAxisContext):
+    return set(context.manual_axes) != set(context.mesh.axis_names)
+  return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+
+
+def _batch(leaves, axes, *, maps, **params):
+  out = _undivided.bind(*leaves, maps=(*maps, tuple(axes)), **params)
+  return out, [0] * len(out)
+
+
+mlir.register_lowering(_undivided, _lower)
+batching.primitive_batchers[_undivided] = _batch

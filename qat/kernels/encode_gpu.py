@@ -23,26 +23,27 @@ LOAD_BYTES = 16       # The most that an instruction loads.
 
 
 def unsupported(x, spec):
-  """Why x[m, k] is not encoded here, or None. Asks no device."""
+  """Why x[*rows, k] is not encoded here, or None. Asks no device."""
   if why := pipeline_gpu.needs_jax():
     return why
-  if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
-    return f'the input is {x.dtype} of {x.ndim} axes; the kernel reads bfloat16 or float32 of 2'
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'the input is {x.dtype}; the kernel reads bfloat16 or float32'
   if spec.block != (None,) or spec.scale is not None or spec.zero is not None:
     return f'{spec} has other scales than one float32 a row'
   integers = isinstance(spec.format, formats.Int) and spec.format.signed and spec.format.bits == 8
   if not integers and spec.format != formats.FP8_E4M3:
     return f'{spec.format} is neither of signed 8-bit integers nor {formats.FP8_E4M3}'
-  if x.shape[1] % THREADS or x.shape[1] > THREADS * LONGEST:
-    return f'{x.shape[1]} channels are not a multiple of {THREADS}, up to {THREADS * LONGEST}'
+  if x.shape[-1] % THREADS or x.shape[-1] > THREADS * LONGEST:
+    return f'{x.shape[-1]} channels are not a multiple of {THREADS}, up to {THREADS * LONGEST}'
   return 'the input is empty' if 0 in x.shape else None
 
 
-def encode(x: Float[Array, 'm k'], spec, interpret=False):
-  """qarray.encode(x, spec) with a scale for each row: QArray[m, k]."""
+def encode(x: Float[Array, '*rows k'], spec, interpret=False):
+  """qarray.encode(x, spec) with a scale for each row: QArray[*rows, k]."""
   if why := unsupported(x, spec):
     raise NotImplementedError(f'Encoding {x.shape} on {spec} by the GPU kernel: {why}. Use qat.encode.')
-  return qarray.QArray(*_encode(x, spec.format, pipeline_gpu.params(interpret)), None, spec)
+  codes, scale = _encode(x.reshape(-1, x.shape[-1]), spec.format, pipeline_gpu.params(interpret))
+  return qarray.QArray(codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1), None, spec)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -12,9 +12,9 @@ ROWS = 32            # A tile of int8.
 
 
 def unsupported(x, spec):
-  """Why x[m, k] is not encoded here, or None."""
-  if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
-    return f'the input is {x.dtype} of {x.ndim} axes; the kernel reads bfloat16 or float32 of 2'
+  """Why x[*rows, k] is not encoded here, or None."""
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'the input is {x.dtype}; the kernel reads bfloat16 or float32'
   if spec.block != (None,) or spec.scale is not None or spec.zero is not None:
     return f'{spec} has other scales than one float32 a row'
   if not (isinstance(spec.format, formats.Int) and spec.format.signed and spec.format.bits == 8):
@@ -22,11 +22,12 @@ def unsupported(x, spec):
   return None
 
 
-def encode(x: Float[Array, 'm k'], spec, interpret=False):
-  """qarray.encode(x, spec) with a scale for each row: QArray[m, k]."""
+def encode(x: Float[Array, '*rows k'], spec, interpret=False):
+  """qarray.encode(x, spec) with a scale for each row: QArray[*rows, k]."""
   if why := unsupported(x, spec):
     raise NotImplementedError(f'Encoding {x.shape} on {spec} by the TPU kernel: {why}. Use qat.encode.')
-  m, k = x.shape
+  flat = x.reshape(-1, x.shape[-1])
+  m, k = flat.shape
   rows = max(BLOCK_BYTES // (4 * k) // ROWS * ROWS, ROWS)
   wide, thin = pl.BlockSpec((rows, k), lambda i: (i, 0)), pl.BlockSpec((rows, 1), lambda i: (i, 0))
 
@@ -38,5 +39,5 @@ def encode(x: Float[Array, 'm k'], spec, interpret=False):
 
   codes, scale = pl.pallas_call(
       kernel, (jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct((m, 1), jnp.float32)),
-      grid=(pl.cdiv(m, rows),), in_specs=[wide], out_specs=(wide, thin), interpret=interpret, name='encode')(x)
-  return qarray.QArray(codes, scale, None, spec)
+      grid=(pl.cdiv(m, rows),), in_specs=[wide], out_specs=(wide, thin), interpret=interpret, name='encode')(flat)
+  return qarray.QArray(codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1), None, spec)

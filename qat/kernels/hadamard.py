@@ -15,10 +15,11 @@ MODULES = {'gpu': hadamard_gpu, 'tpu': hadamard_tpu}
 @jax.custom_vjp
 def transform(x, signs=None):
   """x diag(signs) H / sqrt(n), with the arguments of core.hadamard.transform, to the rounding of sums."""
-  module = device.module_for(MODULES, hadamard, x)
-  if module is hadamard:
+  module = device.module_for(MODULES, x)
+  if module is None:
     return hadamard.transform(x, signs)
-  return module.transform(x if signs is None else x * jnp.broadcast_to(signs.astype(x.dtype), x.shape))
+  x = x if signs is None else x * jnp.broadcast_to(signs.astype(x.dtype), x.shape)
+  return device.undivided(module.transform, hadamard.transform, x)
 
 
 def _backward(signs, dy):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from qat.core import qarray, specs
 from qat.kernels import (
-    block_scaled, matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu, tuned)
+    block_scaled, device, matmul_cpu, matmul_gpu, matmul_tpu, matmul_xla, pipeline_gpu, prepared, scaled_matmul_gpu,
+    tuned)
 
 # Each has LAYOUT, unsupported(x, w), prepare(q), matmul(x, p, **settings of a Kernel) and decode(p, dtype).
 MODULES = {'gpu': matmul_gpu, 'tpu': matmul_tpu, 'cpu': matmul_cpu}
@@ -54,13 +55,14 @@ class Kernel:
     return module.unsupported(x, w)
 
   def __call__(self, x, w):
-    """[m, k], [k, n] -> [m, n]."""
+    """[*rows, k], [k, n] -> [*rows, n]; [m, k] if x is a QArray."""
     module = _modules(isinstance(x, qarray.QArray), w)[self.name]
     p = w if isinstance(w, prepared.Prepared) else FOR_ONE_CALL.get(self.name, module.prepare)(w)
     settings = {key: getattr(self, key) for key in ('tiles', 'interpret', 'level') if getattr(self, key) is not None}
-    if self.tiles is None and hasattr(module, 'Tiles') and (found := tuned.find(x, p, module.Tiles)):
+    matrix = x if isinstance(x, qarray.QArray) else x.reshape(-1, x.shape[-1])
+    if self.tiles is None and hasattr(module, 'Tiles') and (found := tuned.find(matrix, p, module.Tiles)):
       settings['tiles'] = found
-    return module.matmul(x, p, **settings)
+    return module.matmul(matrix, p, **settings).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def check_name(name, what):
@@ -86,7 +88,8 @@ def matmul(x, w, *, implementation=None):
     implementation: 'xla', 'gpu', 'tpu' or 'cpu'; a Kernel; or None for the best there is.
 
   Returns:
-    [*batch, *rows, n], summed in f32: in the dtype of x, or f32 if x is a QArray.
+    [*batch, *rows, n], summed in f32: in the dtype of x, or f32 if x is a QArray. In a program that XLA divides among
+    devices, and not jax.shard_map, the best there is is XLA.
 
   Raises:
     NotImplementedError: what was named cannot run here, and why.
@@ -97,10 +100,20 @@ def matmul(x, w, *, implementation=None):
   """
   _check(x, w)
   kernel = choose(x, w, implementation)
+  run = _by_xla if kernel is None else kernel
+  if implementation is None and kernel is not None:
+    run = functools.partial(device.undivided, kernel, _by_xla)
   if not isinstance(x, qarray.QArray):
-    return _weight_only(kernel, x, w)
-  y = (matmul_xla.codes_by_codes if kernel is None else kernel)(_rows(x), w)
-  return y.reshape(*x.shape[:-1], w.shape[-1])
+    return _weight_only(run, x, w)
+  return run(_rows(x), w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _by_xla(x, w):
+  """The product in XLA of any two that `matmul` takes."""
+  if isinstance(w, prepared.Prepared):
+    x = qarray.decode(x) if isinstance(x, qarray.QArray) else x
+    return matmul_xla.product(x, decode(w, x.dtype))
+  return (matmul_xla.codes_by_codes if isinstance(x, qarray.QArray) else matmul_xla.best)(x, w)
 
 
 def prepare(q, target=None, inputs=None):
@@ -217,16 +230,14 @@ def _described(a):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weight_only(kernel, x, w):
-  if kernel is None:
-    return matmul_xla.best(x, w)
-  return kernel(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+def _weight_only(run, x, w):
+  return run(x, w)
 
 
-def _backward(kernel, w, dy):
+def _backward(run, w, dy):
   """dx = dy w^T. Codes have no gradient."""
-  del kernel
+  del run
   return matmul_xla.transposed(dy, decode(w, dy.dtype)), None
 
 
-_weight_only.defvjp(lambda kernel, x, w: (_weight_only(kernel, x, w), w), _backward)
+_weight_only.defvjp(lambda run, x, w: (run(x, w), w), _backward)

@@ -26,7 +26,12 @@ def decoded(x, q):
   Returns:
     [*batch, *rows, n], in the dtype of x.
   """
-  return qarray.cast(_dot(x, numbers(q, x.dtype), (x.ndim - 1, q.ndim - 2)), x.dtype)
+  return product(x, numbers(q, x.dtype))
+
+
+def product(x, w):
+  """x @ w of floats: [*batch, *rows, k], [*batch, k, n] -> [*batch, *rows, n], in the dtype of x."""
+  return qarray.cast(_dot(x, w, (x.ndim - 1, w.ndim - 2)), x.dtype)
 
 
 def transposed(dy, w):

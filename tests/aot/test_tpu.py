@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -49,6 +52,20 @@ def test_a_frozen_layer_holds_no_decoded_weight(chip):
   found = report(chip, 'frozen_layer')
   assert found.error is None and found.bundles > 0
   assert found.temp_bytes < 2**20 and found.argument_bytes < 0.6 * 4096 * 4096
+
+
+@pytest.mark.parametrize('chip', ['v5e', 'v6e'])
+def test_a_frozen_layer_that_xla_divides_among_four(chip):
+  """No kernel, which jax would refuse, and neither is a weight gathered nor decoded into memory."""
+  done = subprocess.run([sys.executable, '-m', 'tests.aot.sharded_tpu', chip], text=True, capture_output=True,
+                        env={**os.environ, **static_tpu.ENVIRONMENT}, timeout=300)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert {split: about['kernels'] for split, about in found.items()} == {
+      'rows': False, 'outputs': False, 'inputs': False, 'none': True}
+  assert {split: about['collectives'] for split, about in found.items() if about['collectives']} == {
+      'inputs': ['all-reduce']}
+  assert all(about['temp_bytes'] < 2**20 for about in found.values())
 
 
 def test_fp4_is_loaded_by_one_chip():

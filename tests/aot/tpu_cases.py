@@ -71,11 +71,11 @@ def unaligned():
   return functools.partial(matmul_tpu.matmul, tiles=tiles), (jax.ShapeDtypeStruct((16, K), jnp.bfloat16), w)
 
 
-def frozen_layer():
-  """A frozen layer as a model calls it."""
+def frozen_layer(ready=lambda model: qat.prepare(model, 'tpu')):
+  """A frozen layer as a model calls it, prepared if `ready` does that."""
   layer = nnx.Linear(K, N, dtype=jnp.bfloat16, use_bias=False, rngs=nnx.Rngs(0))
   rule = qat.Rule('.*', ste.STE(WEIGHTS['int4_g128']))
-  graph, state = nnx.split(qat.prepare(qat.freeze(qat.quantize(layer, [rule])), 'tpu'))
+  graph, state = nnx.split(ready(qat.freeze(qat.quantize(layer, [rule]))))
   return lambda state, x: nnx.merge(graph, state)(x), (state, jax.ShapeDtypeStruct((16, K), jnp.bfloat16))
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from qat.core import hadamard as definition, qarray, specs
-from qat.kernels import (
-    attention, attention_tpu, attention_xla, device, encode, encode_tpu, hadamard, hadamard_tpu, tokens)
+from qat.kernels import attention, attention_tpu, device, encode, encode_tpu, hadamard, hadamard_tpu, tokens
 
 
 def module(d=128, t=256):
@@ -18,7 +17,7 @@ def module(d=128, t=256):
     x = jnp.zeros((2, t, d), jnp.bfloat16)
     cache = tokens.of(qarray.encode(x, specs.affine(4, specs.TOKEN)))
     return x[:, :4], cache, cache
-  return device.module_for(attention.MODULES, attention_xla, *jax.eval_shape(operands))
+  return device.module_for(attention.MODULES, *jax.eval_shape(operands))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def on(monkeypatch):
 def test_a_tpu_runs_its_own(on):
   on('tpu')
   assert module() is attention_tpu
-  assert module(d=64) is attention_xla and module(t=100) is attention_xla
+  assert module(d=64) is None and module(t=100) is None
 
 
 def test_kernels_for_hopper_run_on_hopper_alone(on, monkeypatch):
@@ -42,7 +41,7 @@ def test_kernels_for_hopper_run_on_hopper_alone(on, monkeypatch):
   on('gpu', '9.0')
   assert module() is fits
   on('gpu', '10.0')
-  assert module() is attention_xla
+  assert module() is None
 
 
 def test_rows_are_encoded_and_rotated_in_any_shape(monkeypatch):
@@ -59,5 +58,26 @@ def test_rows_are_encoded_and_rotated_in_any_shape(monkeypatch):
   np.testing.assert_allclose(slope(hadamard.transform), slope(definition.transform), atol=1e-5)
 
 
+def kernel(x, scale):
+  return {'y': jnp.sin(x) * scale, 'kernel': jnp.ones_like(x)}
+
+
+def otherwise(x, scale):
+  return {'y': jnp.sin(x) * scale, 'kernel': jnp.zeros_like(x)}
+
+
+def test_a_kernel_runs_where_nothing_is_divided():
+  """Eagerly, compiled, in scan and remat, and mapped over any axes; the results are those of the kernel."""
+  run = lambda x: device.undivided(kernel, otherwise, x, static=(3,))
+  x = jnp.arange(24.0).reshape(2, 3, 4)
+  want = 3 * jnp.sin(x)
+  for f in (run, jax.jit(run), jax.checkpoint(run), jax.vmap(run), jax.vmap(jax.vmap(run, 1, 1)),
+            lambda x: jax.lax.scan(lambda _, x: (None, run(x)), None, x)[1]):
+    found = f(x)
+    np.testing.assert_allclose(found['y'], want, rtol=1e-6)
+    assert found['kernel'].all()
+  assert 'sin' not in str(jax.make_jaxpr(run)(x))                        # Neither was traced yet into the program.
+
+
 def test_a_cpu_has_none():
-  assert module() is attention_xla
+  assert module() is None

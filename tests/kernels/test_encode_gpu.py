@@ -47,7 +47,7 @@ def test_what_cannot_run_says_why(monkeypatch):
   why = lambda *shape, spec=INT8, dtype=jnp.bfloat16: encode_gpu.unsupported(jax.ShapeDtypeStruct(shape, dtype), spec)
   assert why(3, 128) is None and why(1, 16384, spec=FP8, dtype=jnp.float32) is None and why(2, 384, spec=NARROW) is None
   assert '100 channels' in why(3, 100) and '32768 channels' in why(3, 32768)
-  assert 'float16 of 2 axes' in why(3, 128, dtype=jnp.float16) and 'bfloat16 of 3 axes' in why(2, 3, 128)
+  assert 'the input is float16' in why(3, 128, dtype=jnp.float16) and why(2, 3, 128) is None
   assert 'other scales' in why(3, 128, spec=specs.integer(8, (128,)))
   assert 'other scales' in why(3, 128, spec=specs.affine(8, specs.TOKEN))
   for spec in specs.integer(4, specs.TOKEN), specs.integer(8, specs.TOKEN, signed=False):

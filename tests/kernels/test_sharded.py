@@ -1,4 +1,4 @@
-"""Kernels inside jax.shard_map, split over rows, outputs and inputs, give what one device gives."""
+"""Products that several devices share give what one gives: kernels in jax.shard_map, XLA where it divides a program."""
 
 import json
 import os
@@ -39,12 +39,43 @@ for split, (of_x, of_w, of_y) in splits.items():
 print(json.dumps(found))
 '''
 
+# The product of jax.jit with operands on many devices, of which no kernel is a part.
+DIVIDED = '''
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qat.core import qarray, specs
+from qat.kernels import matmul
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ('d',))
+rng = np.random.default_rng(0)
+x = jnp.asarray(rng.standard_normal((2, 4, 1024)), jnp.bfloat16)
+w = jnp.asarray(rng.standard_normal((1024, 512)), jnp.float32)
+w = matmul.prepare(qarray.encode(w, specs.integer(8, (None, 1))))
+codes = lambda x: qarray.encode(x, specs.integer(8, specs.TOKEN))
+found = {}
+for name, f in {'floats': matmul.matmul, 'codes': lambda x, w: matmul.matmul(codes(x), w)}.items():
+  run = jax.jit(f)
+  want = np.asarray(run(x, w), np.float32)
+  calls = lambda x: 'call_target="qat_' in run.lower(x, w).compile().as_text()
+  for split in (P(None, 'd'), P(None, None, 'd')):
+    there = jax.device_put(x, NamedSharding(mesh, split))
+    error = float(np.abs(np.asarray(run(there, w), np.float32) - want).max() / np.abs(want).max())
+    found[f'{name} {split}'] = calls(x), calls(there), error
+print(json.dumps(found))
+'''
+
 
 def errors(name, devices=4, k=1024, n=512):
   """split -> the largest difference from the product on one device, over the largest number in that."""
+  return printed(PROGRAM, devices, name, *map(str, (devices, k, n)))
+
+
+def printed(program, devices, *arguments):
+  """What a program prints as JSON in a process of that many devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
-  done = subprocess.run([sys.executable, '-c', PROGRAM, name, *map(str, (devices, k, n))],
-                        env={**os.environ, 'XLA_FLAGS': flags}, text=True, capture_output=True, timeout=300)
+  done = subprocess.run([sys.executable, '-c', program, *arguments], env={**os.environ, 'XLA_FLAGS': flags}, text=True,
+                        capture_output=True, timeout=300)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -59,11 +90,22 @@ def test_over_four_devices(name):
   assert_equal(errors(name))
 
 
-def test_of_cpus_over_four_devices():
+@pytest.fixture
+def compiler():
   q = jax.eval_shape(lambda w: qat.encode(w, qat.specs.integer(4, (32, 1))), jnp.ones((1024, 512)))
   if why := matmul_cpu.unsupported(jnp.ones((8, 1024), jnp.bfloat16), q):
     pytest.skip(why)
+
+
+def test_of_cpus_over_four_devices(compiler):
   assert_equal(errors('cpu'))
+
+
+def test_what_xla_divides_has_no_kernel(compiler):
+  found = printed(DIVIDED, 4)
+  assert len(found) == 4
+  for alone, divided, error in found.values():
+    assert alone and not divided and error <= 2.0**-7
 
 
 @pytest.mark.skipif(pipeline_gpu.needs_jax() is not None, reason=str(pipeline_gpu.needs_jax()))
