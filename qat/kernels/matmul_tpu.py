@@ -44,6 +44,8 @@ def unsupported(x, w, tiles=None):
   if why := _unsupported_grid(w.spec, w.shape) or _unsupported_input(x, w):
     return why
   size = groups_.group_size(w.spec, w.shape)
+  if isinstance(w.spec.format, formats.Codebook) and size % SUBLANES:
+    return f'groups of {size} inputs are no multiple of {SUBLANES}, which are looked up at a time'
   tiles = tiles or heuristic(m, k, w.shape[-1], size)
   if tiles is None or k % tiles.inputs:
     return f'no tile of inputs, of whole groups of {size} by {SUBLANES} and of {LANES}, divides {k}'
@@ -170,7 +172,7 @@ def _call(x, codes, scale, format, out, tiles, interpret):
   scales = max(c // size, 1)
   exact = jnp.issubdtype(x.dtype, jnp.integer)
   body = functools.partial(_whole if size == k else _after if _scales_after(m, size, exact) else _before,
-                           levels=_levels(format), size=size)
+                           format=format, size=size)
   bits = prepared.bits(codes.dtype)
   return pl.pallas_call(
       body, jax.ShapeDtypeStruct((m, n), out), grid=(pl.cdiv(m, a), pl.cdiv(n, b), k // c),
@@ -190,27 +192,40 @@ def _scales_after(m, size, exact):
   return exact or (m <= FEW_ROWS and size >= LANES)
 
 
-def _levels(format):
-  """The 16 numbers of a format of codes that index a table, or None."""
-  return format.values + (0.0,) * (16 - len(format.values)) if isinstance(format, formats.Codebook) else None
-
-
-def _values(codes, like, levels):
+def _values(codes, like, format):
   """Codes as numbers in the dtype of the input: [c, b] -> [c, b]."""
-  if levels is None:
+  if not isinstance(format, formats.Codebook):
     return codes.astype(like)
-  return _look_up(codes.astype(jnp.int32), levels).astype(like)
+  return _look_up(codes.astype(jnp.int32), _tables(format, codes.shape[1])).astype(like)
 
 
-def _look_up(index, levels):
-  """levels[index] by a gather among the 128 lanes of a table's row."""
-  table = jnp.zeros((1, LANES), jnp.float32)
-  lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-  for i, level in enumerate(levels):
-    table = jnp.where(lane == i, jnp.float32(level), table)
-  table = jnp.broadcast_to(table, (index.shape[0], LANES))
-  columns = [jnp.take_along_axis(table, index[:, i:i + LANES], axis=1) for i in range(0, index.shape[1], LANES)]
-  return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
+def _tables(format, b):
+  """The numbers of a codebook down the rows of a table, or two, all columns the same: [f32[8, b], ...]."""
+  row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, b), 0)
+
+  def table(numbers):
+    found = jnp.zeros((SUBLANES, b), jnp.float32)
+    for i, number in enumerate(numbers):
+      found = jnp.where(row == i, jnp.float32(number), found)
+    return found
+  return [table(format.values[i:i + SUBLANES]) for i in range(0, len(format.values), SUBLANES)]
+
+
+def _look_up(index, tables):
+  """What i32[c, b] names in its own column of one table, or of two: a gather among sublanes, 8 rows at a time."""
+  rows = []
+  for i in range(0, index.shape[0], SUBLANES):
+    at = index[i:i + SUBLANES]
+    found = [_take(table, at & SUBLANES - 1) for table in tables]
+    rows.append(found[0] if len(found) == 1 else jnp.where(at < SUBLANES, *found))
+  return jnp.concatenate(rows)
+
+
+def _take(table, at):
+  """table[at[i, j], j] for each i and j: jnp.take_along_axis without what it adds for indices below 0."""
+  dims = jax.lax.GatherDimensionNumbers((), collapsed_slice_dims=(0,), start_index_map=(0,), operand_batching_dims=(1,),
+                                        start_indices_batching_dims=(1,))
+  return jax.lax.gather(table, at[..., None], dims, (1, 1), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _dot(x, w):
@@ -231,31 +246,37 @@ def _accumulate(acc, add, finish):
     finish(acc[...])
 
 
-def _whole(x, codes, scale, y, acc, *, levels, size):
+def _whole(x, codes, scale, y, acc, *, format, size):
   """One scale an output: after the sum."""
   del size
   finish = lambda total: y.__setitem__(..., (total.astype(jnp.float32) * scale[...]).astype(y.dtype))
-  _accumulate(acc, lambda total: total + _dot(x[...], _values(codes[...], x.dtype, levels)), finish)
+  _accumulate(acc, lambda total: total + _dot(x[...], _values(codes[...], x.dtype, format)), finish)
 
 
-def _after(x, codes, scale, y, acc, *, levels, size):
+def _after(x, codes, scale, y, acc, *, format, size):
   """Scales after the product of each group."""
   def add(total):
     for g in range(scale.shape[0]):
       rows = pl.ds(g * size, size)
-      part = _dot(x[:, rows], _values(codes[rows, :], x.dtype, levels))
+      part = _dot(x[:, rows], _values(codes[rows, :], x.dtype, format))
       total += part.astype(jnp.float32) * scale[pl.ds(g, 1), :]
     return total
 
   _accumulate(acc, add, lambda total: y.__setitem__(..., total.astype(y.dtype)))
 
 
-def _before(x, codes, scale, y, acc, *, levels, size):
+def _before(x, codes, scale, y, acc, *, format, size):
   """Scales into the weight, which is rounded to the dtype of x, and one product of all groups."""
   def add(total):
     c, b = codes.shape
-    w = _values(codes[...], jnp.float32, levels).reshape(c // size, size, b) * scale[...][:, None]
-    return total + _dot(x[...], w.astype(x.dtype).reshape(c, b))
+    if isinstance(format, formats.Codebook):                             # A table takes the scale of each column.
+      index, tables = codes[...].astype(jnp.int32), _tables(format, b)
+      w = [_look_up(index[g * size:(g + 1) * size], [t * scale[pl.ds(g, 1), :] for t in tables])
+           for g in range(c // size)]
+      w = jnp.concatenate(w)
+    else:
+      w = (codes[...].astype(jnp.float32).reshape(c // size, size, b) * scale[...][:, None]).reshape(c, b)
+    return total + _dot(x[...], w.astype(x.dtype))
 
   _accumulate(acc, add, lambda total: y.__setitem__(..., total.astype(y.dtype)))
 
@@ -264,8 +285,8 @@ def decode(p, dtype):
   """The numbers of a Prepared: dtype[k, n]."""
   codes, scale = p.arrays['codes'], p.arrays['scale']
   size = p.shape[0] // scale.shape[0]
-  levels = _levels(p.spec.format)
-  value = codes.astype(jnp.float32) if levels is None else jnp.asarray(levels, jnp.float32)[codes.astype(jnp.int32)]
+  table = isinstance(p.spec.format, formats.Codebook)
+  value = p.spec.format.decode(codes.astype(jnp.uint8)) if table else codes.astype(jnp.float32)
   w = qarray.exact(value.reshape(-1, size, p.shape[1]) * scale[:, None])
   if 'offset' in p.arrays:
     w = w + p.arrays['offset'][:, None]

@@ -22,7 +22,8 @@ WEIGHTS = {
     'Q4_K': specs.kernel(specs.Q4_K), 'NF4': specs.kernel(specs.NF4), 'NF4 with double quantization':
     specs.kernel(specs.NF4_DQ), 'fp8': qarray.Spec(formats.FP8_E4M3, specs.CHANNEL), 'MXFP4': specs.kernel(specs.MXFP4),
     'NVFP4': specs.kernel(specs.NVFP4), 'ternary': qarray.Spec(formats.TERNARY, specs.CHANNEL),
-    'binary': qarray.Spec(formats.BINARY, specs.CHANNEL), 'tiles': specs.integer(4, (128, 100))}
+    'binary': qarray.Spec(formats.BINARY, specs.CHANNEL), 'NF3 by 128': qarray.Spec(codebooks.NF3, (128, 1)),
+    'tiles': specs.integer(4, (128, 100))}
 IMPLEMENTATIONS = {'decoded': matmul_xla.decoded, 'grouped': matmul_xla.grouped, 'sliced': matmul_xla.sliced,
                    'tpu': functools.partial(matmul.matmul, implementation=matmul.Kernel('tpu', interpret=True))}
 CODES = {'int8': specs.integer(8, specs.TOKEN), 'int4': specs.integer(4, specs.TOKEN),
@@ -213,3 +214,8 @@ def test_the_interpreter_of_races_and_bounds_finds_nothing():
 def test_codebooks_of_more_levels_are_left_to_xla():
   q = jax.eval_shape(lambda w: qarray.encode(w, qarray.Spec(codebooks.normal_float(5), (32, 1))), jnp.ones((K, N)))
   assert 'levels' in matmul.explain(inputs(3), q)['tpu']
+
+
+def test_tables_are_looked_up_for_whole_runs_of_8_on_tpu():
+  q = qarray.encode(jnp.ones((12, 128)), qarray.Spec(codebooks.NF4, (4, 1)))
+  assert 'groups of 4 inputs are no multiple of 8' in matmul.explain(jnp.ones((3, 12), jnp.bfloat16), q)['tpu']
