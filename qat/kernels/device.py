@@ -25,19 +25,22 @@ def module_for(modules, *operands):
   return None if modules[name].unsupported(*operands) else modules[name]
 
 
-def undivided(kernel, otherwise, *operands, static=()):
+def undivided(kernel, otherwise, *operands, static=(), always=False):
   """kernel(*operands, *static), or otherwise(*operands, *static) in a program that XLA divides among devices.
 
-  Which, is known when the program is lowered; only that one is traced then. Differentiate around it.
+  Which, is known when the program is lowered; only that one is traced then. Types are those of `otherwise`: how its
+  results vary over the axes of jax.shard_map, which kernels do not say. Differentiate around it.
 
   Args:
     kernel, otherwise: functions of one result in shapes and dtypes, the same objects at each call.
     operands: pytrees of arrays.
     static: further arguments, which are hashed.
+    always: the kernel in divided programs too, which jax may refuse.
   """
   leaves, tree = jax.tree.flatten(operands)
   _, out = _results(otherwise, tree, static, (), tuple(jax.typeof(x) for x in leaves))
-  return out.unflatten(_undivided.bind(*leaves, kernel=kernel, otherwise=otherwise, tree=tree, static=static, maps=()))
+  return out.unflatten(_undivided.bind(*leaves, kernel=kernel, otherwise=otherwise, tree=tree, static=static,
+                                       always=always, maps=()))
 
 
 _undivided = core.Primitive('undivided')
@@ -46,10 +49,10 @@ _undivided.multiple_results = True
 
 @functools.lru_cache(maxsize=1024)
 def _results(f, tree, static, maps, avals):
-  """Shapes of the results, and their tree."""
-  of = jax.eval_shape(_mapped(lambda *leaves: f(*tree.unflatten(leaves), *static), maps), *avals)
-  shapes, tree = jax.tree.flatten(of)
-  return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes], tree
+  """Types of the results, and their tree."""
+  call = _mapped(lambda *leaves: f(*tree.unflatten(leaves), *static), maps)
+  program, shapes = jax.make_jaxpr(call, return_shape=True)(*avals)
+  return [aval.strip_weak_type() for aval in program.out_avals], jax.tree.structure(shapes)
 
 
 def _mapped(f, maps):
@@ -64,14 +67,15 @@ def _flat(f, tree, static, maps):
 
 
 @_undivided.def_abstract_eval
-def _abstract(*avals, kernel, otherwise, tree, static, maps):
-  del kernel
+def _abstract(*avals, kernel, otherwise, tree, static, always, maps):
+  del kernel, always
   return _results(otherwise, tree, static, maps, avals)[0]
 
 
 @_undivided.def_impl
 def _run(*leaves, **params):
-  return _jitted(**params)(*leaves)
+  with jax.disable_jit(False):                                           # Which would come back here.
+    return _jitted(**params)(*leaves)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,8 +83,8 @@ def _jitted(**params):
   return jax.jit(functools.partial(_undivided.bind, **params))
 
 
-def _lower(ctx, *values, kernel, otherwise, tree, static, maps):
-  f = otherwise if _divides(ctx.module_context.axis_context) else kernel
+def _lower(ctx, *values, kernel, otherwise, tree, static, always, maps):
+  f = kernel if always or not _divides(ctx.module_context.axis_context) else otherwise
   return mlir.lower_fun(_flat(f, tree, static, maps), multiple_results=True)(ctx, *values)
 
 

@@ -101,8 +101,8 @@ def matmul(x, w, *, implementation=None):
   _check(x, w)
   kernel = choose(x, w, implementation)
   run = _by_xla if kernel is None else kernel
-  if implementation is None and kernel is not None:
-    run = functools.partial(device.undivided, kernel, _by_xla)
+  if kernel is not None and not kernel.interpret:  # Interpreters have effects, and run as they are.
+    run = functools.partial(device.undivided, kernel, _by_xla, always=implementation is not None)
   if not isinstance(x, qarray.QArray):
     return _weight_only(run, x, w)
   return run(_rows(x), w).reshape(*x.shape[:-1], w.shape[-1])

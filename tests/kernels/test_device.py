@@ -76,6 +76,8 @@ def test_a_kernel_runs_where_nothing_is_divided():
     found = f(x)
     np.testing.assert_allclose(found['y'], want, rtol=1e-6)
     assert found['kernel'].all()
+  with jax.disable_jit():
+    np.testing.assert_allclose(run(x)['y'], want, rtol=1e-6)
   assert 'sin' not in str(jax.make_jaxpr(run)(x))                        # Neither was traced yet into the program.
 
 

@@ -39,6 +39,27 @@ for split, (of_x, of_w, of_y) in splits.items():
 print(json.dumps(found))
 '''
 
+# The gradient of a factor that all devices share, where jax.shard_map adds up what each of them finds.
+SHARED = '''
+import functools, json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from qat.core import qarray, specs
+from qat.kernels import matmul
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ('d',))
+rng = np.random.default_rng(0)
+x, w, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(8, 64), (64, 32), (32,)])
+w = matmul.prepare(qarray.encode(w, specs.integer(4, (32, 1))))
+found = {}
+for name, implementation in {'best': None, 'named': matmul.Kernel('cpu')}.items():
+  loss = lambda x, b: jnp.mean(jnp.sin(matmul.matmul(x, w, implementation=implementation) * b))
+  shared = jax.shard_map(lambda x, b: jax.lax.pmean(loss(x, b), 'd'), mesh=mesh, in_specs=(P('d'), P()), out_specs=P())
+  slopes = [jax.jit(jax.grad(f, argnums=(0, 1)))(x, b) for f in (shared, loss)]
+  found[name] = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(*slopes)]
+print(json.dumps(found))
+'''
+
 # The product of jax.jit with operands on many devices, of which no kernel is a part.
 DIVIDED = '''
 import json
@@ -99,6 +120,11 @@ def compiler():
 
 def test_of_cpus_over_four_devices(compiler):
   assert_equal(errors('cpu'))
+
+
+def test_gradients_where_shard_map_adds_them_up(compiler):
+  found = printed(SHARED, 4)
+  assert set(found) == {'best', 'named'} and max(map(max, found.values())) < 1e-5, found
 
 
 def test_what_xla_divides_has_no_kernel(compiler):
