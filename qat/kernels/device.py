@@ -50,20 +50,16 @@ _undivided.multiple_results = True
 @functools.lru_cache(maxsize=1024)
 def _results(f, tree, static, maps, avals):
   """Types of the results, and their tree."""
-  call = _mapped(lambda *leaves: f(*tree.unflatten(leaves), *static), maps)
-  program, shapes = jax.make_jaxpr(call, return_shape=True)(*avals)
+  program, shapes = jax.make_jaxpr(_mapped(f, tree, static, maps), return_shape=True)(*avals)
   return [aval.strip_weak_type() for aval in program.out_avals], jax.tree.structure(shapes)
 
 
-def _mapped(f, maps):
-  """f under jax.vmap over each of `maps`, the innermost first."""
+def _mapped(f, tree, static, maps):
+  """f of the leaves of its operands, under jax.vmap over each of `maps`, the innermost first."""
+  call = lambda *leaves: f(*tree.unflatten(leaves), *static)
   for axes in maps:
-    f = jax.vmap(f, in_axes=axes)
-  return f
-
-
-def _flat(f, tree, static, maps):
-  return _mapped(lambda *leaves: jax.tree.leaves(f(*tree.unflatten(leaves), *static)), maps)
+    call = jax.vmap(call, in_axes=axes)
+  return call
 
 
 @_undivided.def_abstract_eval
@@ -85,7 +81,8 @@ def _jitted(**params):
 
 def _lower(ctx, *values, kernel, otherwise, tree, static, always, maps):
   f = kernel if always or not _divides(ctx.module_context.axis_context) else otherwise
-  return mlir.lower_fun(_flat(f, tree, static, maps), multiple_results=True)(ctx, *values)
+  call = _mapped(f, tree, static, maps)
+  return mlir.lower_fun(lambda *leaves: jax.tree.leaves(call(*leaves)), multiple_results=True)(ctx, *values)
 
 
 def _divides(context):

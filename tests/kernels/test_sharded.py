@@ -41,7 +41,7 @@ print(json.dumps(found))
 
 # The gradient of a factor that all devices share, where jax.shard_map adds up what each of them finds.
 SHARED = '''
-import functools, json
+import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from qat.core import qarray, specs
